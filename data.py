@@ -1,0 +1,568 @@
+"""Images with part annotations for IVPT (ICLR 2026, arXiv 2503.06084): CUB-200-2011, and toy birds in its layout.
+
+    python data.py --data toy --sheet birds.png         # draw the toy birds, and a sheet of them
+    python data.py --data cub --data-root DIR           # find CUB-200-2011, or download, verify and unpack it (1.1 GB)
+"""
+import argparse
+import contextlib
+import gzip
+import hashlib
+import http.client
+import math
+import mmap
+import os
+import shutil
+import sys
+import tarfile
+import time
+import urllib.request
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+IMAGENET_MEAN, IMAGENET_STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+FRAME = 224                     # side of the frame in which the metrics place key points, whatever the image size
+CACHE_BYTES = 3 << 29           # 1.5 GiB: the training images of full CUB are kept in memory at 224 px, not at 518
+LISTS = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "bounding_boxes.txt", "classes.txt")
+CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
+CUB_MD5 = "97eceeb196236b17998738112f37df78"
+
+
+# ---- 1. Finding, fetching, unpacking ---------------------------------------------------------------------------------
+def find(data, data_root=None):
+    """-> the folder of `data` in CUB's layout: "toy" is drawn at first use, "cub" downloaded, verified and unpacked.
+
+    `data_root` (default ~/.cache/ivpt) is where it lies or will lie; or a CUB folder itself.
+    """
+    root = Path(data_root or "~/.cache/ivpt").expanduser()
+    if data == "toy":                                       # other settings, other folder: a change is never ignored
+        folder = root / f"toy-v1-{zlib.crc32(repr((TOY, TOY_SPECIES, TOY_LOOKS)).encode()):08x}"
+        return folder if not missing(folder) else build(folder, draw_toy)
+    if data != "cub":
+        raise ValueError(f"--data {data}: no such data set, expected toy or cub")
+    folder = root if (root / "images.txt").is_file() else root / "CUB_200_2011"
+    archive, lack = root / "CUB_200_2011.tgz", missing(folder)
+    if not lack:
+        return folder
+    if folder.is_dir() and not archive.is_file():           # perhaps somebody's own subset: leave it alone
+        raise FileNotFoundError(f"{folder}: {lack} is missing, half unpacked? Put {archive.name} into {root} to have "
+                                "the folder mended, or remove the folder to have everything downloaded")
+    download(CUB_URL, archive, md5=CUB_MD5)
+    return build(folder, lambda temp: unpack(archive, temp, "CUB_200_2011/"))
+
+
+def missing(folder):
+    """What a folder in CUB's layout lacks first, or "": one of the lists, or an image that images.txt names."""
+    lists = [name for name in LISTS if not (folder / name).is_file()]
+    images = () if lists else (f"images/{name}" for _, name in read_list(folder / "images.txt", 2))
+    return lists[0] if lists else next((name for name in images if not os.path.isfile(f"{folder}/{name}")), "")
+
+
+@contextlib.contextmanager
+def locked(path):
+    """One process at a time. The kernel takes the lock back from a killed process: none is ever stale."""
+    import fcntl                                            # POSIX; elsewhere a data set already there can be read
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path.with_name(f".{path.name}.lock"), "w")
+    except OSError as error:
+        raise OSError(f"{path.parent}: cannot write there ({error.strerror}); choose another --data-root") from None
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def build(folder, fill):
+    """fill(temp) makes the contents, which the first of many processes moves to `folder`, whole or not at all.
+    A half folder is mended: files that it lacks, or has in another size, are put in; nothing else is touched."""
+    temp = folder.with_name(f".{folder.name}.new")
+    with locked(folder):
+        if not missing(folder):                             # another process was first
+            return folder
+        shutil.rmtree(temp, ignore_errors=True)             # what a killed process left
+        try:
+            temp.mkdir()
+            fill(temp)
+            if lack := missing(temp):
+                raise ValueError(f"{folder}: its source is not in CUB's layout, {lack} is missing")
+            for file in (f for f in temp.rglob("*") if folder.exists() and f.is_file()):
+                target = folder / file.relative_to(temp)
+                if not target.is_file() or target.stat().st_size != file.stat().st_size:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(file, target)
+            if not folder.exists():
+                temp.rename(folder)
+        finally:
+            shutil.rmtree(temp, ignore_errors=True)
+    return folder
+
+
+def need_space(folder, size):
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise ValueError(f"{folder}: {free / 1e9:.2f} GB free, {size / 1e9:.2f} GB needed; make room, or --data-root")
+
+
+def unpack(archive, folder, prefix):
+    """Plain files and folders only, `prefix` taken off their names: links, devices and ways out are refused."""
+    def safe(member, path):
+        if not (member.isfile() or member.isdir()):
+            raise tarfile.SpecialFileError(member)
+        return tarfile.data_filter(member.replace(name=member.name.removeprefix(prefix), deep=False), path)
+
+    need_space(folder, 1.1 * archive.stat().st_size)        # JPEG files hardly shrink in an archive
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter=safe)
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{archive}: not a sound archive ({error}); remove it to have it downloaded again") from None
+
+
+def download(url, path, size=None, md5=None, attempts=4, pause=1.0):
+    """Fetches `url` to `path` by way of path.part, which any later call resumes; checks size and MD5 where given.
+    A file that is there already is checked and kept. ValueError or OSError say what to put where by hand."""
+    part = path.with_name(path.name + ".part")
+    with locked(path):
+        if path.is_file():
+            if reason := flaw(path, size, md5):
+                raise ValueError(f"{path}: {reason}; remove it to have it downloaded again")
+            return path
+        for attempt in range(attempts):
+            try:
+                fetch(url, part)
+                if not (reason := flaw(part, size, md5)):
+                    break
+                code = 416                                  # a bad file is no better than a bad range: start afresh
+            except (OSError, http.client.HTTPException) as error:
+                reason, code = error, getattr(error, "code", 0)
+            if code == 416:
+                part.unlink(missing_ok=True)
+            if attempt + 1 == attempts or code in (401, 403, 404, 410):
+                raise OSError(f"{url}: {reason}; without internet, fetch it elsewhere and put it at {path}")
+            time.sleep(pause * 2 ** attempt)
+        os.replace(part, path)
+    return path
+
+
+def fetch(url, part):
+    """Appends to `part` what it lacks, or begins again where the server ignores Range."""
+    have = part.stat().st_size if part.is_file() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        have = have if reply.status == 206 else 0
+        total = have + int(reply.headers.get("Content-Length") or 0)
+        need_space(part.parent, total - have)
+        with open(part, "ab" if have else "wb") as file, tqdm(
+                desc=part.stem, total=total or None, initial=have, unit="B", unit_scale=True, leave=False) as bar:
+            while block := reply.read(1 << 18):
+                bar.update(file.write(block))
+    if part.stat().st_size < total:
+        raise ConnectionError(f"cut off after {part.stat().st_size} of {total} bytes")
+
+
+def flaw(path, size, md5):
+    """Why a file is not the one expected, or ""."""
+    with open(path, "rb") as file:
+        if file.read(64).lstrip()[:1] == b"<":
+            return "a web page instead of the file (a proxy or a login?)"
+        if size not in (None, path.stat().st_size):
+            return f"{path.stat().st_size} bytes, expected {size}"
+        file.seek(0)
+        if md5 and (found := hashlib.file_digest(file, "md5").hexdigest()) != md5:
+            return f"MD5 {found}, expected {md5}"
+    return ""
+
+
+# ---- 2. The toy birds ------------------------------------------------------------------------------------------------
+# Ten made-up species. A digit picks one of three looks of a part, in the order of TOY_LOOKS. Each look belongs to three
+# or four species, and any two species differ in five parts or more: no single part gives a species away.
+TOY_SPECIES = {"Amber_Lark": "21202212", "Birch_Finch": "20110020", "Cinder_Jay": "01021110", "Dune_Wren": "00000221",
+               "Elder_Thrush": "02222002", "Fern_Tanager": "12002010", "Gorse_Bunting": "12211221",
+               "Heath_Shrike": "10112101", "Iris_Warbler": "21121201", "Juniper_Tit": "12020122"}
+TOY_LOOKS = {"beak": ((236, 126, 38), (38, 36, 44), (226, 206, 150)),           # orange cone, black needle, ivory hook
+             "eye": ((250, 250, 245), (250, 205, 40), (215, 50, 45)),           # the ring round the pupil
+             "crown": ((196, 36, 52), (34, 32, 46), (240, 184, 48)),            # pointed crest, smooth cap, two tufts
+             "breast": ((248, 246, 238), (230, 120, 50), (240, 222, 176)),      # spotted, plain, barred
+             "wing": ((62, 108, 196), (92, 142, 62), (150, 78, 44)),            # white bars, pale spots, dark quills
+             "belly": ((246, 238, 216), (244, 208, 72), (236, 140, 128)),
+             "tail": ((245, 243, 238), (42, 148, 158), (206, 112, 46)),         # banded, forked, dark-tipped
+             "leg": ((240, 140, 50), (70, 74, 90), (232, 130, 150))}
+TOY = dict(seed=0, train=60, test=20,                       # images of a species
+           side=128, zoom=3,                                # pixels; supersampling
+           length=(0.70, 0.97), tilt=60,                    # longer side of bird over image; degrees, either way
+           head=(-35, 25), tail=(-45, 80), wing=(-15, 100), leg=(-20, 20),     # degrees in the joints, upwards positive
+           stretch=(0.6, 1.5),                              # of tail and legs: pose moves the body about in its box
+           clutter=14, occluded=0.35, light=0.12)           # leaves behind, at most; share with some in front; gain
+DARK, PALE, WOOD = np.array((32, 30, 38)), np.array((248, 246, 236)), np.array((118, 90, 66))
+SKY = np.array([(150, 190, 214), (196, 214, 220), (128, 160, 104), (168, 184, 130), (206, 190, 150), (120, 134, 120)])
+LEAVES = np.array([(88, 130, 60), (120, 150, 70), (190, 150, 60), (168, 84, 52), (70, 104, 84), (214, 196, 120)])
+
+
+def rotate(points, centre, degrees):
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return (np.asarray(points, float) - centre) @ ((c, s), (-s, c)) + centre
+
+
+def oval(x, y, rx, ry, degrees=0.0, pointed=0):
+    """The outline of an ellipse, or of a leaf, as (36, 2) points."""
+    angle = np.linspace(0, 2 * np.pi, 36, endpoint=False)
+    sin = np.sin(angle) * np.abs(np.sin(angle)) ** pointed
+    return rotate(np.stack((x + rx * np.cos(angle), y + ry * sin), 1), (x, y), degrees)
+
+
+def bar(x0, y0, x1, y1, width):
+    """A straight band between two points, as a quadrangle."""
+    across = np.array((y0 - y1, x1 - x0)) * width / 2 / math.hypot(x1 - x0, y1 - y0)
+    return np.array(((x0, y0) + across, (x1, y1) + across, (x1, y1) - across, (x0, y0) - across))
+
+
+def bird(code, rng):
+    """-> one bird's shapes [(points (n, 2), colour)] from back to front, and its key points (8, 2).
+
+    It looks right, y points down, its body is 2 long and lies on the origin; head, tail, wing and legs turn in joints.
+    """
+    look = dict(zip(TOY_LOOKS, map(int, code)))
+    colour = {part: np.array(TOY_LOOKS[part][k]) * rng.uniform(0.92, 1.06) for part, k in look.items()}
+    coat = 0.4 * colour["wing"] + 0.6 * np.array((206, 196, 184))           # back and head: a pale shade of the wing
+    joints = {"head": (.62, -.28), "tail": (-.72, .02), "wing": (.42, -.12), "leg": (-.03, .46), "body": (0, 0)}
+    angle = {part: rng.uniform(*TOY[part]) for part in ("head", "tail", "wing", "leg")}
+    stretch = {"tail": (rng.uniform(*TOY["stretch"]), 1), "leg": (1, rng.uniform(*TOY["stretch"]))}
+    shapes = []
+
+    def move(part, points):
+        points = (np.asarray(points, float) - joints[part]) * stretch.get(part, 1) + joints[part]
+        return rotate(points, joints[part], angle.get(part, 0))
+
+    def add(part, paint, *outlines):
+        shapes.extend((move(part, points), paint) for points in outlines)
+
+    for x in (-.22, .16):
+        add("leg", colour["leg"], bar(x, .4, x + .06, .84, .16), bar(x + .06, .8, x - .04, 1.16, .12), *(
+            bar(x - .04, 1.14, x + a, 1.14 + b, .09) for a, b in ((.22, .04), (.14, .14), (-.22, .06))))
+    end, spread, notch = ((-2, .2, -2.08), (-2, .42, -1.5), (-1.8, .42, -1.95))[look["tail"]]
+    add("tail", colour["tail"], ((-.6, -.2), (end, -spread), (notch, .02), (end, spread + .04), (-.6, .24)))
+    add("tail", DARK, *([bar(x, -.19, x, .23, .14) for x in (-1.04, -1.36, -1.68)], (),
+                        [((-1.5, -.35), (end, -spread), (notch, .02), (end, spread + .04), (-1.5, .39))])[look["tail"]])
+    add("head", coat, ((.1, -.42), (.75, -.9), (1.25, -.4), (.98, .25), (.4, .3)))                          # the neck
+    add("body", coat, oval(0, 0, 1, .6, 8))
+    add("body", colour["belly"], oval(-.14, .27, .74, .3, 6))
+    add("body", colour["breast"], oval(.68, .1, .34, .44, -18))
+    add("body", DARK, *([oval(.68 + x, .1 + y, .06, .07) for x, y in (
+        (-.17, -.12), (.03, -.24), (.19, -.08), (-.01, 0), (-.19, .12), (.13, .16), (-.05, .27))], (),
+        [bar(.68 - x, y, .68 + x, y + .08, .09) for x, y in ((.24, -.14), (.28, .06), (.26, .26))])[look["breast"]])
+    add("wing", colour["wing"], ((.46, -.14), (.3, -.38), (-.1, -.46), (-.6, -.28), (-1.15, .1), (-.55, .16),
+                                 (-.1, .22), (.3, .12)))
+    add("wing", (PALE, PALE, DARK)[look["wing"]], *([bar(x, -.36, x - .1, .16, .1) for x in (.16, -.14)], [
+        oval(x, y, .08, .07) for x, y in ((.24, -.16), (.02, -.28), (.02, -.02), (-.22, -.16), (-.3, .05), (-.5, -.1))],
+        [bar(.1, y, -.75, y / 2 + .03, .07) for y in (-.28, -.11, .06)])[look["wing"]])
+    add("head", coat, oval(1, -.62, .46, .44))
+    add("head", colour["beak"], (((1.36, -.84), (1.9, -.56), (1.36, -.4)), ((1.38, -.7), (2.2, -.56), (1.38, -.48)), (
+        (1.34, -.84), (1.72, -.78), (1.86, -.58), (1.8, -.32), (1.66, -.52), (1.36, -.42)))[look["beak"]])
+    crest = (((.2, -1.2),), ((.66, -.98),), ((.7, -1.34), (.9, -1.14), (1.08, -1.38)))[look["crown"]]
+    add("head", colour["crown"], ((.56, -.7), *crest, (1.08, -1.09), (1.28, -1), (1.42, -.8), (1.05, -.78)))
+    add("head", colour["eye"], oval(1.14, -.58, .16, .16))
+    add("head", DARK, oval(1.15, -.58, .085, .085))
+    return shapes, np.concatenate([move(*spot) for spot in (
+        ("head", [(1.6, -.6), (1.14, -.58), (.98, -.94)]), ("body", [(.68, .1)]), ("wing", [(-.18, -.1)]),
+        ("body", [(-.16, .38)]), ("tail", [(-1.35, .02)]), ("leg", [(0, .88)]))])
+
+
+def greenery(rng, side, near=None):
+    """A twig or a leaf anywhere, or close to the point `near`, in colours that birds wear too: (points, colour)."""
+    x, y = rng.uniform(0, side, 2) if near is None else near + rng.normal(0, side / 30, 2)
+    degrees, length, shade = rng.uniform(0, 360), side * rng.uniform(0.1, 0.22), rng.uniform(0.7, 1.1)
+    if rng.random() < 0.3:
+        return rotate(bar(x - 2 * length, y, x + 2 * length, y, length / 8), (x, y), degrees), WOOD * shade
+    return oval(x, y, length / 2, length / 6, degrees, pointed=1), LEAVES[rng.integers(len(LEAVES))] * shade
+
+
+def paint(draw, points, colour, rim=0):
+    """One filled shape, with a darker rim of that width."""
+    flat = points.ravel().tolist()
+    draw.polygon(flat, fill=tuple(colour.astype(int).tolist()))
+    if rim:
+        draw.line(flat + flat[:2], fill=tuple((colour * 0.55).astype(int).tolist()), width=rim)
+
+
+def toy_image(code, rng):
+    """-> image (PIL), box (x, y, w, h) and keypoints (8, 3) of one bird of the species `code`."""
+    zoom, side, (shapes, points) = TOY["zoom"], TOY["side"] * TOY["zoom"], bird(code, rng)
+    tilt, mirror = rng.uniform(-TOY["tilt"], TOY["tilt"]), rng.choice((-1, 1))
+    points, *outlines = (rotate(p, (0, 0), tilt) * (mirror, 1) for p in (points, *(outline for outline, _ in shapes)))
+    low, high = (f(np.concatenate(outlines), 0) for f in (np.min, np.max))
+    scale = side * rng.uniform(*TOY["length"]) / (high - low).max()
+    shift = rng.uniform(0, 1, 2) * (side - scale * (high - low)) - scale * low
+    points, *outlines = (p * scale + shift for p in (points, *outlines))
+    box = np.concatenate((low * scale + shift, (high - low) * scale)) / zoom
+
+    sky = SKY[rng.integers(len(SKY), size=(4, 4))] * rng.uniform(0.75, 1.1, (4, 4, 1))
+    image = Image.fromarray(sky.astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    draw, cover = ImageDraw.Draw(image), Image.new("L", image.size)
+    for _ in range(rng.integers(TOY["clutter"])):
+        paint(draw, *greenery(rng, side))
+    if rng.random() < 0.7:                                  # a perch between the first toes of both feet
+        x, y = (outlines[2][0] + outlines[7][0]) / 2
+        paint(draw, bar(x - side, y, x + side, y, side * 0.04), WOOD)
+    for (_, colour), outline in zip(shapes, outlines):
+        paint(draw, outline, colour, rim=2)
+    for part in rng.integers(len(points), size=2) if rng.random() < TOY["occluded"] else ():
+        outline, colour = greenery(rng, side, near=points[part])
+        paint(draw, outline, colour, rim=1)
+        ImageDraw.Draw(cover).polygon(outline.ravel().tolist(), fill=1)
+    seen = [np.asarray(cover.crop((x - 6, y - 6, x + 6, y + 6))).mean() < 0.5 for x, y in points.astype(int).tolist()]
+
+    light = rng.uniform(1 - TOY["light"], 1 + TOY["light"]) * rng.uniform(0.95, 1.05, 3)                 # gain and tint
+    light = light * np.linspace(*rng.uniform(0.9, 1.1, 2), TOY["side"])[:, None, None] * np.asarray(image.reduce(zoom))
+    image = Image.fromarray((light + rng.normal(0, 3, light.shape)).clip(0, 255).astype(np.uint8))
+    return image, box, np.column_stack((points / zoom, seen))
+
+
+def draw_toy(folder):
+    """Draws all birds into `folder`, in CUB's layout. A bird depends on the seed, its species and its number alone."""
+    (folder / "parts").mkdir()
+    lists = {name: [] for name in (*LISTS, "parts/part_locs.txt")}
+    for c, (name, code) in enumerate(TOY_SPECIES.items(), 1):
+        name = f"{c:03d}.{name}"
+        (folder / "images" / name).mkdir(parents=True)
+        lists["classes.txt"].append((c, name))
+        for k in range(TOY["train"] + TOY["test"]):
+            image, box, points = toy_image(code, np.random.default_rng((TOY["seed"], c, k)))
+            file, key = f"{name}/{k + 1:04d}.jpg", len(lists["images.txt"]) + 1
+            image.save(folder / "images" / file, quality=95)
+            for table, row in zip(LISTS, ((file,), (c,), (int(k < TOY["train"]),), box.round(1))):
+                lists[table].append((key, *row))
+            lists["parts/part_locs.txt"] += [(key, m, *point.round(1)) for m, point in enumerate(points, 1)]
+    lists["parts/parts.txt"] = enumerate(TOY_LOOKS, 1)
+    for name, rows in lists.items():
+        (folder / name).write_text("".join(" ".join(map(str, row)) + "\n" for row in rows))
+
+
+# ---- 3. Images: reading, resizing, normalising -----------------------------------------------------------------------
+def read_image(path):
+    """-> an RGB PIL image of any file that Pillow reads. EXIF rotation is ignored: annotations are in stored pixels."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):                  # 16-bit grey, which convert() would clip at 255
+                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            return image.convert("RGB")
+    except Exception as error:                              # Pillow's plugins raise a dozen kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not a readable image ({reason}); replace it or take it off the lists") from None
+
+
+def short_side(width, height, size):
+    """The size of an image whose short side becomes `size`; the long one is rounded down, as in torchvision."""
+    return max(size, size * width // height), max(size, size * height // width)
+
+
+def resize_short(image, size):
+    return image.resize(short_side(*image.size, size), Image.Resampling.BILINEAR)
+
+
+def centre_crop(image, size):
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_tensor(image):
+    """PIL image -> (3, H, W) float32, as the pretrained ViTs expect it."""
+    return normalize(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())
+
+
+def normalize(image):
+    """(..., 3, H, W) uint8 in 0..255 or float in 0..1 -> float with ImageNet's mean at 0 and deviation 1."""
+    scale, image = (1, image) if image.is_floating_point() else (255, image.float())
+    return image.sub(scale * IMAGENET_MEAN.to(image)).div_(scale * IMAGENET_STD.to(image))
+
+
+def denormalize(image):
+    """The way back, for pictures: (..., 3, H, W) normalised float -> uint8."""
+    image = image.float()
+    return (image * IMAGENET_STD.to(image) + IMAGENET_MEAN.to(image)).mul(255).round().clamp(0, 255).to(torch.uint8)
+
+
+# ---- 4. The data set -------------------------------------------------------------------------------------------------
+def read_list(path, columns):
+    """Rows of that many fields; the last one keeps its spaces, as in "left wing"."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise FileNotFoundError(f"{path}: {reason}; a CUB folder holds {', '.join(LISTS)} and images/") from None
+    rows = [line.split(maxsplit=columns - 1) for line in lines if line.strip()]
+    for row in rows:
+        if len(row) != columns:
+            raise ValueError(f"{path}: {len(row)} fields in {' '.join(row)[:60]!r}, not {columns}; unpack it again")
+    return rows
+
+
+def augmentation(width, height, size, rng):
+    """A random 3x3 matrix from an image of width x height, its short side `size`, to its size x size training view.
+
+    Flip, rotation up to +-90 degrees, shift up to 0.2 of the sides and scale 0.8 to 1.2 about the centre, random crop:
+    one matrix, so that pixels are interpolated once and key points go the same way.
+    """
+    flip, angle, scale = rng.choice((-1, 1)), rng.uniform(-math.pi / 2, math.pi / 2), rng.uniform(0.8, 1.2)
+    shift = rng.uniform(-0.2, 0.2, 2) * (width, height)
+    corner = rng.integers(0, (width - size + 1, height - size + 1))
+    cos, sin, centre = scale * math.cos(angle), scale * math.sin(angle), np.array((width / 2, height / 2))
+    matrix = np.eye(3)
+    matrix[:2, :2] = ((flip * cos, -sin), (flip * sin, cos))
+    matrix[:2, 2] = centre + shift - corner - matrix[:2, :2] @ centre
+    return matrix
+
+
+class CUB(torch.utils.data.Dataset):
+    """CUB-200-2011 (Wah et al. 2011), any subset of it, and whatever else has its layout.
+
+    view "train": short side resized, augmented, random crop.   "test": short side resized, centre crop.
+    view "box": cropped to the bounding box and squashed, as the part metrics want it (Huang et al. 2023).
+    Item: image (3, S, S) normalised float32, label, keypoints (M, 3) of x, y, visible, index. Key points are in pixels
+    of the view, and of the metrics' 224 x 224 frame in "box". The augmentation is a function of (seed, epoch, index).
+    """
+
+    def __init__(self, folder, split, view, image_size, seed=0):
+        if split not in ("train", "test") or view not in ("train", "test", "box"):
+            raise ValueError(f"CUB: split {split!r}, view {view!r}; expected train or test, and train, test or box")
+        self.folder, self.view, self.image_size, self.seed = Path(folder), view, image_size, seed
+        self.epoch = 0                                      # set it before the epoch's workers start
+        if lack := missing(self.folder):
+            raise FileNotFoundError(f"{folder}: {lack} is missing; unpack the data set again, or correct --data-root")
+        self._read(split == "train")
+        self._reserve()
+
+    def _read(self, train):
+        images, labels, splits, boxes, classes = (
+            {row[0]: row[1:] for row in read_list(self.folder / name, n)} for name, n in zip(LISTS, (2, 2, 2, 5, 2)))
+        parts, points = self.folder / "parts" / "parts.txt", self.folder / "parts" / "part_locs.txt"
+        parts = dict(read_list(parts, 2)) if parts.is_file() else {}
+        self.classes, self.parts = [name for name, in classes.values()], list(parts.values())
+        label, part = ({key: k for k, key in enumerate(ids)} for ids in (classes, parts))
+        try:
+            keys = [key for key in images if (int(splits[key][0]) == 1) == train]
+            self.labels = torch.tensor([label[labels[key][0]] for key in keys], dtype=torch.long)                # (n,)
+            rows = [[float(value) for value in boxes[key]] for key in keys]
+            position, self.keypoints = {key: i for i, key in enumerate(keys)}, torch.zeros(len(keys), len(parts), 3)
+            values = self.keypoints.numpy()                                                                  # (n, M, 3)
+            for key, m, x, y, visible in read_list(points, 5) if parts else ():
+                if key in position:
+                    values[position[key], part[m]] = float(x), float(y), float(visible)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{self.folder}: its lists do not fit together or hold no number at {error}; "
+                             "unpack the data set again") from None
+        if not keys:
+            raise ValueError(f"{self.folder}/train_test_split.txt: no image for {'training' if train else 'testing'}")
+        self.files = [self.folder / "images" / images[key][0] for key in keys]
+        self.boxes = torch.tensor(rows)                                                                        # (n, 4)
+        self.corners = [[int(value) for value in (x, y, x + w, y + h)] for x, y, w, h in rows]
+
+    def _reserve(self):
+        """Memory for the decoded training images, where they fit. ms per image, CUB with short side 256, one core of an
+        AMD EPYC (both cores busy, best of 5): 4.9 decoded, 2.0 from here at 224 px; 8.1 and 7.8 at 518; toy at 112 0.7.
+
+        An image is decoded at its first use by whichever worker needs it. The pages are shared, so that the workers of
+        later epochs (new processes, forked from this one) find it; nobody waits at the start and nothing is copied.
+        """
+        n, slot, self.cache = len(self.files), 6 * self.image_size ** 2, None         # untouched pages take no memory
+        if self.view == "train" and 0.7 * n * slot <= CACHE_BYTES:            # images are 1.4 times as long as high
+            self.cache = np.frombuffer(mmap.mmap(-1, n * slot), np.uint8).reshape(n, slot)
+            self.sizes = np.frombuffer(mmap.mmap(-1, n * 16), np.int32).reshape(n, 4)     # original and stored w, h
+
+    def __getstate__(self):                                 # workers that are spawned, not forked, read for themselves
+        return {**self.__dict__, "cache": None}
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        index = range(len(self))[index]                     # IndexError where there is none
+        points = self.keypoints[index].double().numpy()                                                        # (M, 3)
+        image, points[:, :2] = getattr(self, f"_{self.view}_view")(index, points[:, :2])
+        if self.view != "box":
+            points[:, 2] *= ((points[:, :2] >= 0) & (points[:, :2] < self.image_size)).all(1)
+        return to_tensor(image), int(self.labels[index]), torch.from_numpy(points).float(), index
+
+    def _train_view(self, index, points):
+        S, (image, original) = self.image_size, self._stored(index)
+        size = np.array(short_side(*original, S))
+        matrix = augmentation(*size, S, np.random.default_rng((self.seed, self.epoch, index)))
+        inverse = np.linalg.inv(matrix @ np.diag((*size / image.size, 1)))
+        image = image.transform((S, S), Image.Transform.AFFINE, inverse[:2].ravel(), Image.Resampling.BILINEAR)
+        return image, points * size / original @ matrix[:2, :2].T + matrix[:2, 2]
+
+    def _test_view(self, index, points):
+        image, S = read_image(self.files[index]), self.image_size
+        size = np.array(short_side(*image.size, S))
+        return centre_crop(resize_short(image, S), S), points * size / image.size - np.round((size - S) / 2)
+
+    def _box_view(self, index, points):
+        image, S = read_image(self.files[index]), self.image_size
+        low, high = np.reshape(self.corners[index], (2, 2))
+        low = low.clip(0, np.array(image.size) - 1)         # some of CUB's boxes overrun the image; none may be empty
+        high = high.clip(low + 1, image.size)
+        image = image.crop((*low.tolist(), *high.tolist())).resize((S, S), Image.Resampling.BILINEAR)
+        return image, np.trunc(FRAME * (points - low) / (high - low))
+
+    def _stored(self, index):
+        """A training image before its augmentation, not larger than it needs to be, and its original size."""
+        if self.cache is not None and self.sizes[index, 0]:
+            W, H, w, h = self.sizes[index].tolist()
+            return Image.frombuffer("RGB", (w, h), self.cache[index, :3 * w * h], "raw", "RGB", 0, 1), (W, H)
+        image = read_image(self.files[index])
+        original = image.size
+        if min(original) > self.image_size:                 # smaller ones are enlarged by the augmentation's matrix
+            image = resize_short(image, self.image_size)
+        if self.cache is not None and (count := 3 * image.width * image.height) <= self.cache.shape[1]:
+            self.cache[index, :count] = np.asarray(image).ravel()
+            self.sizes[index] = *original, *image.size      # last: it marks the slot as filled
+        return image, original
+
+
+# ---- 5. The affine view of the equivariance loss ---------------------------------------------------------------------
+def sample_affine(generator=None):
+    """-> theta (2, 3), a random similarity T of the square [-1, 1]^2 that moves p to theta[:, :2] p + theta[:, 2]:
+    rotation up to +-90 degrees, shift up to 0.11 of the side, scale 0.8 to 1.4."""
+    angle, scale, x, y = (torch.rand(4, generator=generator).double() * 2 - 1).tolist()
+    angle, scale = angle * math.pi / 2, 1.1 + 0.3 * scale
+    cos, sin = scale * math.cos(angle), scale * math.sin(angle)
+    return torch.tensor(((cos, -sin, 0.22 * x), (sin, cos, 0.22 * y)))                  # the side of the square is 2
+
+
+def unwarp(maps, theta):
+    """T^-1 on maps (B, K, h, w): what lies at T(p) comes back to p. Bilinear, zeros from outside."""
+    grid = F.affine_grid(theta.to(maps).expand(len(maps), 2, 3), maps.shape, align_corners=False)         # (B, h, w, 2)
+    return F.grid_sample(maps, grid, align_corners=False)
+
+
+def warp(images, theta):
+    """T on images (B, C, H, W): what lies at p goes to T(p), hence sampled at T^-1. Bilinear, zeros from outside."""
+    linear = torch.linalg.inv(theta[:, :2].double())
+    return unwarp(images, torch.cat((linear, -linear @ theta[:, 2:].double()), 1))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="toy", help="toy or cub")
+    parser.add_argument("--data-root", help="where it lies, or shall lie (default ~/.cache/ivpt)")
+    parser.add_argument("--sheet", metavar="FILE", help="write a picture: three test images of each of ten classes")
+    args = parser.parse_args()
+    folder = find(args.data, args.data_root)
+    train, test = (CUB(folder, split, "test", 128) for split in ("train", "test"))
+    print(f"{folder}: {len(train)} + {len(test)} images, {len(test.classes)} classes, parts: {', '.join(test.parts)}")
+    if args.sheet:
+        rows = [[int(i) for i in (test.labels == c).nonzero()[:3]] for c in test.labels.unique()[:10]]
+        images = [denormalize(test[i][0]) for column in zip(*rows) for i in column]
+        torchvision.utils.save_image(torch.stack(images) / 255, args.sheet, nrow=len(rows))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,559 @@
+"""Evaluate and explain IVPT (ICLR 2026, arXiv 2503.06084): accuracy, consistency, stability, what each concept sees.
+
+    python evaluate.py --ckpt runs/toy/last.pt                                   # the table, and metrics.json beside it
+    python evaluate.py --ckpt runs/toy/last.pt --visualize runs/toy/pictures     # and a gallery: open its index.html
+    python evaluate.py --ckpt runs/toy/last.pt --image bird.jpg                  # why this image got its class
+"""
+import argparse
+import colorsys
+import html
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import data
+import model as ivpt
+
+FRAME, HALF_SIZE, THRESHOLD = 224, 36, 0.8  # side of the metrics' frame, half a region, consistent from here on
+NOISE_STD, NOISE_CLIP, RANDOM_DRAWS = 0.2, 0.25, 10  # of the noise on the normalised image; of the random control
+
+
+# ---- 1. The metrics: from maps to peaks, from peaks to hit parts, from hits to percentages ---------------------------
+def find_peaks(maps):
+    """maps (n, K, h, w) -> (n, K, 2): x, y of each map's first maximum, row by row, once upsampled to FRAME x FRAME.
+
+    Bicubic with half-pixel centres, in fp64 and rounded to fp32, so that equal patches tie exactly: U = Wy A Wx'. The
+    rows of Wx sum to 1 with at most `negative` below zero, so row y of U stays under max + negative (max - min) of
+    (Wy A)[y]. A row bounded below the best row's maximum cannot hold the peak and is not computed; few are.
+    """
+    n, K, h, w = maps.shape
+    if n > 8:                                                               # what fits the cache is faster
+        return torch.cat([find_peaks(part) for part in maps.split(8)])
+    eyes = (torch.eye(side, dtype=torch.float64, device=maps.device)[None, None] for side in (h, w))
+    Wy, Wx = (F.interpolate(eye, (FRAME, eye.shape[3]), mode="bicubic")[0, 0] for eye in eyes)       # (FRAME, side)
+    rows = maps.double().flatten(0, 1).transpose(1, 2) @ Wy.T                                        # (n K, w, FRAME)
+    high, low, negative = rows.amax(1), rows.amin(1), -Wx.clamp(max=0).sum(1).min()
+    bound = high + negative * (high - low) + 1e-12 * high.abs()             # the last term: fp64's own rounding
+    every = torch.arange(n * K, device=maps.device)
+    best = (rows[every, :, bound.argmax(1)] @ Wx.T).float().amax(1)
+    left = bound.float() >= best[:, None]                                                            # (n K, FRAME)
+    values = torch.full_like(bound, -torch.inf, dtype=torch.float32)
+    values[left] = (rows.transpose(1, 2)[left] @ Wx.T).float().amax(1)
+    y = values.argmax(1)                                                    # argmax returns the first of a tie
+    return torch.stack(((rows[every, :, y] @ Wx.T).float().argmax(1), y), 1).view(n, K, 2)
+
+
+def hits_of(peaks, keypoints, half_size=HALF_SIZE):
+    """peaks (n, K, 2), keypoints (n, M, 3) in the frame -> bool (n, K, M): the visible parts within each peak's region,
+    peak +- half_size clipped to [0, FRAME], ends inclusive."""
+    points = keypoints[:, None, :, :2]                                                                   # (n, 1, M, 2)
+    near = (points - peaks[:, :, None].to(points)).abs() <= half_size
+    return (near & (points >= 0) & (points <= FRAME)).all(3) & (keypoints[:, None, :, 2] > 0)
+
+
+def part_hits(attention, keypoints, half_size=HALF_SIZE):
+    """attention (n, K, h, w), foreground maps; keypoints (n, M, 3) x, y, visible in the 224 frame -> bool (n, K, M)."""
+    return hits_of(find_peaks(attention).to(keypoints.device), keypoints, half_size)
+
+
+def per_class(values, labels):
+    """values (n, ...) -> fp64 sums over the images of every class that has any (C, ...), and the class sizes (C,)."""
+    classes, slot, sizes = labels.unique(return_inverse=True, return_counts=True)
+    sums = torch.zeros(len(classes), *values.shape[1:], dtype=torch.float64, device=values.device)
+    return sums.index_add_(0, slot, values.double()), sizes
+
+
+def consistency(hits, visible, labels):
+    """Percent of (class, prototype) pairs that keep to one part (Huang et al. 2023): in at least 80 % of the class's
+    images that show the part it is hit. hits (n, K, M), visible (n, M), labels (n,). Classes without images do not
+    count; a part never visible is never kept to."""
+    hit, _ = per_class(hits & visible.bool()[:, None], labels)                                              # (C, K, M)
+    seen, _ = per_class(visible.bool(), labels)                                                             # (C, M)
+    share = hit / seen[:, None].clamp(min=1)                                # 4 / 5 rounds as 0.8 does: >= is exact
+    return 100 * (share >= THRESHOLD).any(2).double().mean().item()
+
+
+def stability(hits, noisy_hits, labels):
+    """Percent of a class's images whose set of hit parts survives the noise, averaged over (class, prototype) pairs.
+    hits, noisy_hits (n, K, M), labels (n,). An image without visible parts is unchanged, as in the original."""
+    same, sizes = per_class((hits == noisy_hits).all(2), labels)                                            # (C, K)
+    return 100 * (same / sizes[:, None]).mean().item()
+
+
+def agreement(counts):
+    """Counts (regions, parts) -> normalised mutual information (arithmetic mean of entropies) and adjusted Rand index
+    (Hubert and Arabie 1985), percent; (None, None) for under two samples."""
+    counts, total = counts.double(), counts.sum().item()
+    if total < 2:
+        return None, None
+    joint_and_margins = counts, counts.sum(1), counts.sum(0)
+    H, Hr, Hp = (-torch.special.xlogy(c / total, c / total).sum().item() for c in joint_and_margins)
+    same, r, p = ((c * (c - 1) / 2).sum().item() for c in joint_and_margins)
+    expected, most = r * p / (total * (total - 1) / 2), (r + p) / 2
+    nmi = 200 * max(0, Hr + Hp - H) / (Hr + Hp) if Hr + Hp > 0 else 100.0   # one region and one part: they agree
+    return nmi, 100 * (same - expected) / (most - expected) if most != expected else 100.0
+
+
+# ---- 2. The three views of a test image ------------------------------------------------------------------------------
+class Views(Dataset):
+    """A test image as the classifier sees it, and cropped to its box without and with noise. The noise depends on
+    (seed, index) alone: batch size, workers and order change nothing."""
+
+    def __init__(self, folder, split, image_size, seed, grid):
+        self.test, self.box = (data.CUB(folder, split, view, image_size) for view in ("test", "box"))
+        self.test.cache = self.box.cache = None                             # each image is read once: nothing to keep
+        self.seed, self.grid, self.size = seed, grid, image_size
+
+    def __len__(self):
+        return len(self.test)
+
+    def __getitem__(self, index):
+        (image, label, points, _), (clean, _, box_points, _) = self.test[index], self.box[index]
+        noise = np.random.default_rng((self.seed, index)).standard_normal(clean.shape, np.float32) * NOISE_STD
+        noisy = clean + torch.from_numpy(noise).clamp_(-NOISE_CLIP, NOISE_CLIP)
+        h, w = self.grid
+        x, y = (points[:, :2].T * torch.tensor(((w,), (h,))) / self.size).long()
+        patch = torch.where(points[:, 2] > 0, y.clamp(max=h - 1) * w + x.clamp(max=w - 1), -1)     # of each key point
+        return dict(image=image, clean=clean, noisy=noisy, label=label, points=box_points, patch=patch,
+                    inside=self.inside(index), index=index)
+
+    def inside(self, index):
+        """The patches of the test view (short side resized, centre crop) whose centre is in the box: (N,) 0 or 1."""
+        with Image.open(self.test.files[index]) as file:                    # reads the header alone
+            W, H = file.size
+        (width, height), (x, y, w, h) = data.short_side(W, H, self.size), self.test.boxes[index]
+        rows, columns = ((torch.arange(side) + 0.5) * self.size / side for side in self.grid)              # in the view
+        rows, columns = rows + round((height - self.size) / 2), columns + round((width - self.size) / 2)
+        rows, columns = rows * H / height, columns * W / width                                             # in the file
+        return (((rows >= y) & (rows <= y + h))[:, None] & (columns >= x) & (columns <= x + w)).flatten().long()
+
+
+# ---- 3. What is kept of a concept layer: peaks and counts, never the maps --------------------------------------------
+class Tally:
+    """Of K prototypes, background last, on a grid (h, w), with M parts."""
+
+    def __init__(self, K, grid, M):
+        self.peaks = []                                                     # of (2, B, K-1, 2): clean and noisy
+        self.mean_map = torch.zeros(K - 1, *grid, dtype=torch.float64)      # a sum until it is read
+        self.patches = torch.zeros(2, K, dtype=torch.long)                  # outside and inside the box, by winner
+        self.at_points = torch.zeros(K, M, dtype=torch.long)                # region x part at the key points
+
+    def add(self, attention, clean, noisy, inside, patch):
+        """Maps (B, K, h, w) of the three views; inside (B, N) and patch (B, M) as Views has them."""
+        region, (K, M) = attention.argmax(1).flatten(1).cpu(), self.at_points.shape                         # (B, N)
+        self.patches += torch.bincount((inside * K + region).flatten(), minlength=2 * K).view(2, K)
+        pairs = (region.gather(1, patch.clamp(min=0)) * M + torch.arange(M))[patch >= 0]
+        self.at_points += torch.bincount(pairs, minlength=K * M).view(K, M)
+        self.peaks.append(torch.stack([find_peaks(maps[:, :-1]).cpu() for maps in (clean, noisy)]))
+        self.mean_map += clean[:, :-1].sum(0, dtype=torch.float64).cpu()
+
+    def summary(self, keypoints, labels, parts, seed):
+        """The layer's metrics and controls. keypoints (n, M, 3) in the box view's frame.
+
+        constant_location: each map replaced by its mean over the test images, one spot for all of them.
+        random_location: peaks drawn anew for every image. foreground: share of patches won by a concept.
+        winning: share of concepts that win any patch. peak_spread: root mean square distance from the mean peak.
+        nmi, ari: the region at a visible key point against its part, over all of the test view, background counting as
+        a region (Choudhury et al. 2021; van der Klis et al. 2023). parts_hit: per prototype, percent of the images.
+        """
+        peaks, noisy_peaks = torch.cat(self.peaks, 1)                                                     # (n, K-1, 2)
+        n, concepts, _ = peaks.shape
+        spread = peaks.double().var(0, correction=0).sum(1).sqrt()
+        won, (outside, inside) = self.patches[:, :-1].sum(1), self.patches.sum(1)
+        result = dict(
+            prototypes=concepts + 1, foreground=percent(won.sum(), outside + inside), wins=self.patches.sum(0).tolist(),
+            foreground_inside=percent(won[1], inside), foreground_outside=percent(won[0], outside),
+            winning=percent((self.patches[:, :-1].sum(0) > 0).sum(), concepts),
+            peak_spread=spread.mean().item(), peak_spreads=spread.tolist(), **dict.fromkeys(PART_METRICS))
+        if not parts:
+            return result
+        hits, noisy_hits, visible = hits_of(peaks, keypoints), hits_of(noisy_peaks, keypoints), keypoints[:, :, 2] > 0
+        constant = hits_of(find_peaks(self.mean_map[None] / n).expand(n, -1, -1), keypoints)
+        rng = np.random.default_rng(seed)
+        drawn = (hits_of(torch.from_numpy(rng.integers(0, FRAME, peaks.shape)), keypoints) for _ in range(RANDOM_DRAWS))
+        score, spot = consistency(hits, visible, labels), consistency(constant, visible, labels)
+        share = 100 * hits.sum(0).double() / visible.sum(0).clamp(min=1)                                    # (K-1, M)
+        order = share.argsort(dim=1, descending=True, stable=True)[:, :3].tolist()
+        return result | dict(zip(PART_METRICS, (
+            score, stability(hits, noisy_hits, labels), spot, score - spot,
+            float(np.mean([consistency(random, visible, labels) for random in drawn])),
+            *agreement(self.at_points),
+            [[[parts[m], share[k, m].item()] for m in row] for k, row in enumerate(order)])))
+
+
+PART_METRICS = "consistency stability constant_location over_constant random_location nmi ari parts_hit".split()
+NO_PARTS = "the data has no key points (parts/parts.txt); consistency, stability, their controls, NMI and ARI need them"
+
+
+def percent(part, whole):
+    return 100 * float(part) / float(whole) if whole else None
+
+
+# ---- 4. The evaluation: one pass, three forwards an image ------------------------------------------------------------
+@torch.inference_mode()
+def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, seed=0, split="test", progress=True,
+             recipe=None, gallery=None):
+    """Accuracy, and every concept layer's metrics, on a split of the CUB-layout folder -> dict, as in metrics.json.
+
+    amp: bf16 autocast. progress: bar and timing on the terminal. recipe: names the method in the protocol. gallery: a
+    Gallery, shown every batch. Without key points what needs them is None, and "unavailable" says why.
+    """
+    device, training = next(model.parameters()).device, model.training
+    views = Views(folder, split, image_size, seed, model.grid)
+    parts, n, correct, keypoints, seconds = views.test.parts, len(views), 0, [], np.zeros(2)
+    tallies = [Tally(K, model.grid, len(parts)) for K in model.prototypes]
+    model.eval()
+    for batch in tqdm(DataLoader(views, batch_size, num_workers=workers), split, disable=not progress, leave=False):
+        began = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            outputs = [model(batch[view].to(device)) for view in ("image", "clean", "noisy")]
+        correct += (outputs[0].logits.argmax(1).cpu() == batch["label"]).sum().item()   # waits for the device, too
+        forwards = time.perf_counter()
+        for tally, *maps in zip(tallies, *(output.attention for output in outputs)):
+            tally.add(*maps, batch["inside"], batch["patch"])
+        keypoints.append(batch["points"])
+        seconds += forwards - began, time.perf_counter() - forwards
+        if gallery:
+            gallery.add(outputs[0], batch)
+    model.train(training)
+    began, keypoints = time.perf_counter(), torch.cat(keypoints)
+    layers = [tally.summary(keypoints, views.test.labels, parts, (seed, i)) for i, tally in enumerate(tallies)]
+    seconds[1] += time.perf_counter() - began
+    if progress:
+        print(f"{n} images: forwards {seconds[0]:.1f} s, metrics {seconds[1]:.1f} s ({percent(*seconds[::-1]):.1f} %)")
+    head = max(0, len(layers) - 3)                       # the released program reports the third layer from the end
+    return dict(
+        accuracy=100 * correct / n, layers=layers, unavailable=None if parts else NO_PARTS,
+        headline=dict(layer=head, consistency=layers[head]["consistency"], stability=layers[head]["stability"]),
+        protocol=dict(recipe=recipe, split=split, images=n, classes=len(views.test.classes),
+                      classes_with_images=len(views.test.labels.unique()), parts=len(parts), image_size=image_size,
+                      grid=list(model.grid), prototypes=list(model.prototypes), headline_layer=head, amp=bool(amp),
+                      frame=FRAME, half_size=HALF_SIZE, threshold=THRESHOLD, upsampling="bicubic, half-pixel centres",
+                      seed=seed, noise_std=NOISE_STD, noise_clip=NOISE_CLIP, random_draws=RANDOM_DRAWS))
+
+
+COLUMNS = (("K", "prototypes", "d"), ("consist", "consistency", ".1f"), ("const.loc", "constant_location", ".1f"),
+           ("random", "random_location", ".1f"), ("beats c.", "over_constant", "+.1f"), ("stable", "stability", ".1f"),
+           ("spread", "peak_spread", ".0f"), ("winning", "winning", ".0f"), ("fg in", "foreground_inside", ".1f"),
+           ("fg out", "foreground_outside", ".1f"), ("NMI", "nmi", ".1f"), ("ARI", "ari", ".1f"))
+LEGEND = """* the headline. const.loc: consistency of one fixed spot, the peak of each prototype's mean map; random: of
+random spots; beats c.: consistency above const.loc. stable: stability; a spot that never moves has 100. spread: of the
+peaks, px of 224. winning: concepts that win any patch. fg in, out: patches won by concepts inside and outside the box.
+NMI, ARI: regions against parts at the key points. All in percent, but K and spread."""
+
+
+def print_table(metrics):
+    print(f"\naccuracy {metrics['accuracy']:.1f} % on {metrics['protocol']['images']} images")
+    print(" layer" + "".join(f"{title:>10}" for title, *_ in COLUMNS))
+    for i, layer in enumerate(metrics["layers"]):
+        cells = ("-" if layer[key] is None else format(layer[key], form) for _, key, form in COLUMNS)
+        print(f"{i + 1:>5}{' *'[i == metrics['headline']['layer']]}" + "".join(f"{cell:>10}" for cell in cells))
+    print(metrics["unavailable"] and f"not available: {metrics['unavailable']}" or LEGEND)
+
+
+# ---- 5. Pictures: regions in colour, concepts in the spotlight -------------------------------------------------------
+COLOURS = 255 * np.array([colorsys.hsv_to_rgb((k * 3 + k // 8 / 2) % 8 / 8, 0.85 - k // 16 / 9, (0.95, 0.6)[k // 8 % 2])
+                          for k in range(64)])                              # concept k has COLOURS[k % 64]
+CHIP = "<i style='background:var(--c{})'></i>".format
+
+
+def enlarge(region, S):
+    """(h, w) -> (S, S)."""
+    return region[np.arange(S) * region.shape[0] // S][:, np.arange(S) * region.shape[1] // S]
+
+
+def paint(picture, region, K):
+    """picture (S, S, 3), region (h, w) of winners -> image: every concept in its colour, the background pale."""
+    region, pale = enlarge(region, len(picture)), 0.3 * picture.mean(2, keepdims=True) + 178
+    result = np.where((region < K - 1)[..., None], 0.45 * picture + 0.55 * COLOURS[region % 64], pale)
+    return Image.fromarray(result.astype(np.uint8))
+
+
+def spotlight(picture, mask, k):
+    """The patches that concept k claims, mask (h, w), framed in its colour; the rest grey."""
+    mask, frame = enlarge(mask, len(picture)), max(1, len(picture) // 75)
+    inner = np.all([mask & np.roll(mask, shift, axis) for shift in (-frame, frame) for axis in (0, 1)], 0)
+    result = np.where(mask[..., None], picture, 0.3 * picture.mean(2, keepdims=True) + 90)
+    result[mask & ~inner] = COLOURS[k % 64]
+    return Image.fromarray(result.astype(np.uint8)).resize((112, 112), Image.Resampling.LANCZOS)
+
+
+def strip(picture, regions, prototypes, size, points=()):
+    """picture (S, S, 3) with its visible key points (M, 3), then the regions of every layer, in one row."""
+    image, r = Image.fromarray(picture), len(picture) / 75
+    for x, y, _ in (point for point in points if point[2]):
+        ImageDraw.Draw(image).ellipse((x - r, y - r, x + r, y + r), fill="#ffd400", outline="black")
+    panels = [image, *(paint(picture, region, K) for region, K in zip(regions, prototypes))]
+    row = Image.new("RGB", (len(panels) * (size + 6) - 6, size), "white")
+    for i, panel in enumerate(panels):
+        row.paste(panel.resize((size, size), Image.Resampling.LANCZOS), (i * (size + 6), 0))
+    return row
+
+
+# ---- 6. The gallery: gathered while evaluating, drawn after ----------------------------------------------------------
+class Gallery:
+    """What the pages need of a pass over the test set: a few images' regions, each prototype's nine strongest claims,
+    the mean grouping. Its size does not depend on the number of test images."""
+
+    def __init__(self, model, images, examples=24):
+        self.prototypes, self.examples = model.prototypes, {}               # index -> regions, prediction, probability
+        self.chosen = set(np.linspace(0, images - 1, min(examples, images)).astype(int).tolist())
+        self.best = [(torch.zeros(K - 1, 0), torch.zeros(K - 1, 0).long(), torch.zeros(K - 1, 0, *model.grid).bool())
+                     for K in model.prototypes]                             # strength, index, patches of each claim
+        self.groups = [torch.zeros(K - 1, model.prototypes[-1] - 1, dtype=torch.float64) for K in model.prototypes[:-1]]
+
+    def add(self, output, batch):
+        """A claim is a prototype's attention, summed over the patches it wins. Groups of empty regions do not count."""
+        regions = [a.argmax(1).cpu() for a in output.attention]                                             # (B, h, w)
+        for l, (a, region) in enumerate(zip(output.attention, regions)):
+            K = a.shape[1] - 1
+            won = region == torch.arange(K)[:, None, None, None]                                       # (K-1, B, h, w)
+            claim = (a[:, :K].float().cpu().transpose(0, 1) * won).sum((2, 3)), batch["index"].expand(K, -1), won
+            strength, index, patches = (torch.cat(pair, 1) for pair in zip(self.best[l], claim))
+            order, rows = strength.argsort(dim=1, descending=True, stable=True)[:, :9], torch.arange(K)[:, None]
+            self.best[l] = strength[rows, order], index[rows, order], patches[rows, order]
+            if l < len(self.groups):
+                self.groups[l] += (output.groups[l].double().cpu() * won.any(3).any(2).T[..., None]).sum(0)
+        chances, guesses = output.logits.float().softmax(1).cpu().max(1)
+        for i, index in enumerate(batch["index"].tolist()):
+            if index in self.chosen:
+                self.examples[index] = [r[i].numpy() for r in regions], int(guesses[i]), float(chances[i])
+
+    def draw(self, folder, dataset):
+        """The pictures: nine tiles for each prototype, a strip for each example. dataset: the test view."""
+        for l, (strength, index, patches) in enumerate(self.best):
+            for k, rank in (strength > 0).nonzero().tolist():
+                picture = data.denormalize(dataset[index[k, rank]][0]).permute(1, 2, 0).numpy()
+                tile = spotlight(picture, patches[k, rank].numpy(), k)
+                tile.save(folder / f"concept_{l + 1}_{k + 1}_{rank}.jpg", quality=88)
+        for index, (regions, _, _) in self.examples.items():
+            picture = data.denormalize(dataset[index][0]).permute(1, 2, 0).numpy()
+            row = strip(picture, regions, self.prototypes, 190, dataset[index][2].tolist())
+            row.save(folder / f"image_{index}.jpg", quality=88)
+
+    def write(self, folder, metrics, dataset, log):
+        """folder/index.html and its pictures. dataset: the test view; log: the run's log.jsonl."""
+        (folder / "pictures").mkdir(parents=True, exist_ok=True)
+        self.draw(folder / "pictures", dataset)
+        sections = dict(Regions=self.regions(dataset), Concepts=self.concepts(metrics["layers"]),
+                        Hierarchy=self.hierarchy(), Training=curves(log))
+        links = "".join(f"<a href='#{title}'>{title}</a>" for title in sections)
+        body = "".join(f"<h2 id={title}>{title}</h2>{text}" for title, text in sections.items())
+        colours = "".join("--c{}:rgb({:.0f},{:.0f},{:.0f});".format(k, *colour) for k, colour in enumerate(COLOURS))
+        (folder / "index.html").write_text(
+            f"<!doctype html><meta charset=utf-8><title>IVPT</title><style>:root{{{colours}}}{STYLE}</style>"
+            f"<h1>What each concept sees</h1><nav>{links}</nav>{body}\n", encoding="utf-8")
+
+    def regions(self, dataset):
+        names = [html.escape(name.split(".", 1)[-1].replace("_", " ")) for name in dataset.classes]
+        text = (f"<p>From left: the image with its key points, layers 1 to {len(self.best)}. Every patch goes to the "
+                "concept that claims it most; pale is background.</p><p>Concepts of each layer: "
+                + "".join(f"{CHIP(k)}{k + 1} " for k in range(max(self.prototypes) - 1)) + "</p>"
+                + ("" if dataset.parts else "<p>The data has no key points: no dots, and no part names below.</p>"))
+        for index, (_, guess, chance) in sorted(self.examples.items()):
+            truth = int(dataset.labels[index])
+            verdict = "right>✓" if guess == truth else f"wrong>✗ truly {names[truth]}"
+            text += (f"<figure><img src='pictures/image_{index}.jpg' alt=''>predicted <b>{names[guess]}</b> "
+                     f"({100 * chance:.0f} %) <span class={verdict}</span></figure>")
+        return text
+
+    def concepts(self, layers):
+        text = ("<p>The nine test images in which each prototype claims most: its patches in colour. Behind "
+                "a part: in how many of the images that show it the region around the peak covers it.</p>")
+        for l, layer in enumerate(layers, 1):
+            silent = ", ".join(str(k + 1) for k, won in enumerate(layer["wins"][:-1]) if not won)
+            text += f"<h3>Layer {l}</h3>" + f"<p>Never win a patch: {silent}.</p>" * bool(silent) + "<div class=cards>"
+            for k in np.flatnonzero(layer["wins"][:-1]):
+                tiles = "".join(f"<img src='pictures/concept_{l}_{k + 1}_{rank}.jpg' alt=''>"
+                                for rank in range((self.best[l - 1][0][k] > 0).sum()))
+                parts = ", ".join(f"{part} {share:.0f} %" for part, share in (layer["parts_hit"] or {k: ()})[k])
+                text += (f"<figure><div class=tiles>{tiles}</div>{CHIP(k)}<b>{k + 1}</b> {html.escape(parts)} <small>"
+                         f"wins {percent(layer['wins'][k], sum(layer['wins'])):.3g} % of all patches</small></figure>")
+            text += "</div>"
+        return text
+
+    def hierarchy(self):
+        trees = "".join(f"<div><h3>Layer {l + 1}</h3>{self.tree(l)}</div>" for l in range(len(self.groups)))
+        return ("<p>How a layer's fine concepts (left) flow into the coarse ones (right): mean grouping over the images"
+                f" in which a concept wins a patch, the largest in percent.</p><div class=cards>{trees}</div>")
+
+    def tree(self, l):
+        """SVG: the fine concepts that ever win, by the coarse one they join most; curves as wide as their weights."""
+        weight = (self.groups[l] / self.groups[l].sum(1, keepdim=True).clamp(min=1e-9)).numpy()             # (K-1, G)
+        G, svg, order = weight.shape[1], "", sorted(np.flatnonzero(weight.any(1)), key=lambda k: weight[k].argmax())
+        height = max(44 * len(order), 60 * G)
+        middle = [height * (g + 0.5) / G for g in range(G)]
+        for y, k in zip(range(22, height, 44), order):
+            for g in np.flatnonzero(weight[k] > 0.05):
+                look = f"stroke:var(--c{g});stroke-width:{12 * weight[k, g]:.1f};opacity:{0.3 + 0.6 * weight[k, g]:.2f}"
+                svg += f"<path d='M66 {y}C125 {y} 125 {middle[g]} 184 {middle[g]}' style='{look}'/>"
+            svg += self.thumbnail(l, k, 26, y, 40, 6) + f"<text x='70' y='{y - 9}'>{100 * weight[k].max():.0f}</text>"
+        svg += "".join(self.thumbnail(len(self.groups), g, 184, y, 56, 246) for g, y in enumerate(middle))
+        return f"<svg viewBox='0 0 264 {height}'>{svg}</svg>"
+
+    def thumbnail(self, l, k, x, y, size, label_x):
+        """A concept's strongest claim, if it has any, framed in its colour, centred on the line y."""
+        top, won = y - size / 2, bool(self.best[l][0][k].any())
+        image = f"<image x='{x}' y='{top}' width='{size}' href='pictures/concept_{l + 1}_{k + 1}_0.jpg'/>"
+        return (image * won + f"<path d='M{x} {top}h{size}v{size}h-{size}z' style='stroke:var(--c{k})'/>"
+                f"<text x='{label_x}' y='{y + 4}'>{k + 1}</text>")
+
+
+def curves(log):
+    """Small multiples of every number in log.jsonl, as SVG."""
+    rows = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")] if log.is_file() else []
+    text = "<div class=cards>" if rows else "<p>No log.jsonl beside the checkpoint: no curves.</p>"
+    for key in rows and (key for key, value in rows[0].items() if key != "epoch" and isinstance(value, (int, float))):
+        values = [row[key] for row in rows if key in row]
+        low, span, step = min(values), max(values) - min(values) or 1, 190 / max(1, len(values) - 1)
+        path = " ".join(f"{5 + step * i:.1f},{75 - 65 * (v - low) / span:.1f}" for i, v in enumerate(values))
+        text += (f"<figure>{key.replace('_', ' ')} <b>{values[-1]:.4g}</b><svg viewBox='0 0 200 90'><path d='M{path}' "
+                 f"style='stroke:#2563a8'/><text x='5' y='88'>{low:.3g} to {max(values):.3g}</text></svg></figure>")
+    return text
+
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fafafa;max-width:1180px;margin:auto}
+h2{border-top:1px solid #ddd;padding-top:20px;margin-top:36px}h3{margin:22px 0 6px}nav a{margin-right:16px}
+small,text{color:#555;fill:#555;font-size:12px}figure{margin:0 0 14px}img{display:block;width:100%}
+path{fill:none;stroke-width:2}i{display:inline-block;width:12px;height:12px;border-radius:3px;margin:0 4px 0 8px}
+.right{color:#17663a}.wrong{color:#a32020}.tiles{display:grid;gap:4px;grid-template-columns:repeat(3,1fr)}
+.cards{display:grid;gap:16px;grid-template-columns:repeat(auto-fill,minmax(260px,1fr))}
+.cards figure{background:#fff;border:1px solid #ddd;border-radius:8px;padding:8px;margin:0}"""
+
+
+# ---- 7. One image explained ------------------------------------------------------------------------------------------
+def read_any(path):
+    """Any image file as a viewer shows it: EXIF rotation applied, transparency on white, 16 bit scaled."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode[0] in "IF":                                       # 16 bit: convert() would clip it at 255
+                values = np.asarray(image) * (1 / 256 if image.mode[0] == "I" else 255)
+                image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return image.convert("RGB")
+    except Exception as error:                                              # Pillow's plugins raise a dozen kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"--image {path}: not a readable image ({reason}); expected a JPEG, PNG or the like") from None
+
+
+@torch.inference_mode()
+def explain(model, image, classes):
+    """image (3, S, S) normalised -> top [(class, percent)], the five likeliest; votes [G]; regions [(h, w)] by layer.
+
+    A coarse concept's vote is its score of the winner less that of the runner-up, over G: above zero it speaks for the
+    winner, below zero against it, and the votes sum to the margin between the two logits.
+    """
+    output = model(image[None].to(next(model.parameters()).device))
+    chances, order = output.logits[0].float().softmax(0).sort(descending=True, stable=True)
+    scores = output.concept_logits[0].float()                                                               # (G, C)
+    votes = (scores[:, order[0]] - scores[:, order[:2][-1]]) / len(scores)
+    return ([(classes[c], 100 * chance) for c, chance in zip(order[:5].tolist(), chances.tolist())], votes.tolist(),
+            [a[0].argmax(0).cpu().numpy() for a in output.attention])
+
+
+def words(top, votes, regions, prototypes):
+    """The explanation as text."""
+    text = "".join(f"{rank}. {name}  {chance:.1f} %\n" for rank, (name, chance) in enumerate(top, 1))
+    for l, (region, K) in enumerate(zip(regions, prototypes), 1):
+        share = np.bincount(region.flatten(), minlength=K) * 100 / region.size
+        won = ", ".join(f"{k + 1} ({share[k]:.0f} %)" for k in share[:-1].argsort()[::-1] if share[k])
+        text += f"layer {l}: concepts {won or 'none'}; background {share[-1]:.0f} %\n"
+    text += f"votes of the last layer's concepts for {top[0][0]} against {top[:2][-1][0]}, in all {sum(votes):+.2f}:\n"
+    return text + "\n".join(f"concept {g} {vote:+.2f}" for g, vote in enumerate(votes, 1))
+
+
+def draw_explanation(picture, top, votes, regions, prototypes):
+    """The picture and the regions of every layer, the explanation below, bars beside the votes."""
+    row, text = strip(picture, regions, prototypes, 224), words(top, votes, regions, prototypes)
+    lines = text.count("\n") + 1
+    sheet = Image.new("RGB", (row.width + 40, 270 + 22 * lines), "white")
+    sheet.paste(row, (20, 20))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for i, line in enumerate(text.split("\n")):
+        draw.text((20, 260 + 22 * i), line, "black", font)
+    for g, vote in enumerate(votes):
+        y, length = 262 + 22 * (lines - len(votes) + g), 250 * vote / (max(map(abs, votes)) or 1)
+        draw.rectangle((450 + min(0, length), y, 450 + max(0, length), y + 15), tuple(COLOURS[g % 64].astype(int)))
+    return sheet
+
+
+def explain_files(model, files, classes, image_size, folder):
+    """Explain every file; the pictures go into `folder`, or beside the images where it is None."""
+    crops = [data.centre_crop(data.resize_short(read_any(file), image_size), image_size) for file in files]
+    for i, (file, crop) in enumerate(zip(map(Path, files), crops)):
+        result = *explain(model, data.to_tensor(crop), classes), model.prototypes
+        number = f"_{i + 1}" * (file.stem in [Path(other).stem for other in files[:i]])
+        target = (folder or file.parent) / f"{file.stem}{number}_explained.png"
+        draw_explanation(np.asarray(crop), *result).save(target)
+        print(f"\n{file}, drawn in {target}\n{words(*result)}")
+
+
+# ---- 8. The command line ---------------------------------------------------------------------------------------------
+def writable(folder, what):
+    """The folder, made if need be. ValueError, before any work, where nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ValueError(f"{what} {folder}: cannot be written ({error.strerror}); expected a folder of yours") from None
+
+
+def run(o):
+    out, home = o.visualize and writable(Path(o.visualize), "--visualize"), Path(o.ckpt).parent
+    model, checkpoint = ivpt.load_checkpoint(o.ckpt, o.weights)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    trained, classes, size = checkpoint["options"], checkpoint["classes"], checkpoint["options"]["image_size"]
+    if o.image:
+        return explain_files(model, o.image, classes, size, out)
+    writable(home, "--ckpt")                                                # metrics.json goes there
+    root = o.data_root or (trained["data_root"] if o.data in (None, trained["data"]) else None)
+    folder = data.find(o.data or trained["data"], root)
+    dataset = data.CUB(folder, "test", "test", size)
+    if dataset.classes != classes:
+        raise ValueError(f"{folder}: found {len(dataset.classes)} classes, expected the {len(classes)} of {o.ckpt}; "
+                         "name its data by --data and --data-root")
+    gallery = Gallery(model, len(dataset)) if out else None
+    amp, seed = (trained[key] if vars(o)[key] is None else vars(o)[key] for key in ("amp", "seed"))
+    recipe = {key: trained[key] for key in ("recipe", "bias", "fusion", "tune")}
+    metrics = evaluate(model, folder, size, o.batch_size, o.workers, amp, seed, recipe=recipe, gallery=gallery)
+    print_table(metrics)
+    (home / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    if gallery:
+        began = time.perf_counter()
+        gallery.write(out, metrics, dataset, home / "log.jsonl")
+        print(f"gallery drawn in {time.perf_counter() - began:.1f} s: {out / 'index.html'}")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--ckpt", required=True, help="last.pt of a run")
+    p.add_argument("--visualize", metavar="DIR", help="write a gallery of every concept: DIR/index.html")
+    p.add_argument("--image", metavar="FILE", nargs="+", help="explain these images instead of evaluating")
+    p.add_argument("--weights", help="the backbone's file, where it is not where training found it")
+    p.add_argument("--data", help="toy or cub; default: what the checkpoint was trained on")
+    p.add_argument("--data-root", help="folder of the data; default: as in training")
+    p.add_argument("--batch-size", type=int, default=32, help="images a forward; changes no number")
+    p.add_argument("--workers", type=int, default=0, help="processes that read images; changes no number")
+    p.add_argument("--seed", type=int, help="of the noise and of the random-location control; default: as in training")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast; default: as in training")
+    try:
+        run(p.parse_args(argv))
+    except (ValueError, OSError) as error:                                  # a worker's traceback ends with the message
+        print("error:", (str(error) or repr(error)).splitlines()[-1].removeprefix("ValueError: "), file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,541 @@
+"""Prototype attention: patches and prototypes in, attention maps and region prompts out, in one read of the patches.
+
+The heart of IVPT (Interpretable Visual Prompt Tuning, ICLR 2026, arXiv 2503.06084): concept region discovery, its
+spatial bias and intra-region feature aggregation. A lesson in six parts: maths, bytes, PyTorch, Triton, op, benchmark.
+
+    python kernels.py                 # self-check against fp64, then the benchmark table
+    python -m pytest -k kernels       # the specification; needs no GPU
+
+THE MATHS. x (B,N,D) patches, q (K,D) prototypes, b (K,N) spatial bias.
+    l_k(n) = -|x_n - q_k|^2 = 2 x_n.q_k - |q_k|^2        |x_n|^2 is the same for every k: a softmax cannot see it
+    s      = softmax_k(l)                                or softmax_k(l + b) with the bias inside, as released
+    u      = max(s + b, 0)                               the paper's bias, after the softmax; u = s with the bias inside
+    a      = (u + eps) / sum_k (u + eps)                 smoothing, only where eps > 0; otherwise a = u
+    r_k(n) = a_k(n) where k is the first argmax of a(n), else 0                 every patch votes for one concept
+    m_k    = sum_n r_k(n),   p_k = sum_n r_k(n) x_n / m_k                       zero where the region is empty
+
+THE BYTES. At B 32, N 1369, D 768, K 17 in bf16, x is 67 MB, the fp32 maps are 3 MB and the rest is below 1 MB. The
+product r_k(n) x_n as a tensor (B,D,K,N) would be 76 MB per image. Two matmuls avoid it but read x twice: once for l,
+once for p. The same tile of x serves both, so x need leave memory only once: 71 MB, 17 us at 4.3 TB/s.
+"""
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from torch.library import triton_op, wrap_triton
+
+try:
+    import triton
+    import triton.language as tl
+    jit = triton.jit
+    if triton.knobs.runtime.interpret:                      # TRITON_INTERPRET=1: plain calls, nothing to trace
+        wrap_triton = lambda kernel: kernel                 # noqa: E731
+except ImportError:                                         # no Triton for macOS: the reference below serves
+    triton, jit = None, lambda kernel: kernel
+
+
+# --- 1. The reference: plain PyTorch, the CPU path and the oracle of the tests ---------------------------------------
+def _attend(x, prototypes, bias, bias_after_softmax, smoothing):
+    """The maths up to a, in the dtype of x: softmax s, unclamped u and attention a, each (B, N, K)."""
+    logits = F.linear(x, 2 * prototypes, -prototypes.square().sum(1))                           # (B, N, K)
+    softmax = (logits if bias_after_softmax else logits + bias.T).softmax(-1)
+    shifted = softmax + bias.T if bias_after_softmax else softmax
+    attention = shifted.clamp(min=0)
+    if smoothing > 0:
+        attention = (attention + smoothing) / (attention + smoothing).sum(-1, keepdim=True)
+    return softmax, shifted, attention
+
+
+def _wide(*tensors):
+    """Squared distances are in the hundreds and go into an exponent: fp32, or fp64 where the input is fp64."""
+    return [t.to(torch.float64 if tensors[0].dtype == torch.float64 else torch.float32) for t in tensors]
+
+
+def prototype_attention_reference(x, prototypes, bias, bias_after_softmax=True, *, smoothing=0.0, detach_maps=False):
+    """x (B,N,D), prototypes (K,D), bias (K,N) -> attention (B,K,N) fp32, pooled (B,K,D) like x, mass (B,K) fp32.
+
+    smoothing is eps of the maths above, used before pooling. detach_maps lets the gradient reach x only through the
+    averaged features, not through the maps (the head of IVPT). fp64 stays fp64. The argmax has no gradient.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        patches, q, b = _wide(x, prototypes, bias)
+        attention = _attend(patches.detach() if detach_maps else patches, q, b, bias_after_softmax, smoothing)[2]
+        winner = attention.detach().argmax(-1, keepdim=True)                                    # (B, N, 1), the first
+        region = attention * torch.zeros_like(attention).scatter(-1, winner, 1)                 # (B, N, K)
+        mass = region.sum(1)                                                                    # (B, K)
+        filled = (mass > 0)[..., None]
+        pooled = region.transpose(1, 2) @ patches / torch.where(filled, mass[..., None], 1)     # (B, K, D)
+        pooled = torch.where(filled, pooled, 0)
+    return attention.transpose(1, 2).contiguous(), pooled.to(x.dtype), mass
+
+
+# --- 2. The forward in Triton ----------------------------------------------------------------------------------------
+# A program owns a span of patches of one image and walks it in tiles of BN patches. Its 8 warps share out the columns:
+# of each chunk of 128 columns, every warp holds 16. Both products are batched over the warps:
+#     logits    (8, BN, 16) @ (8, 16, BK)  -> 8 partial sums of x.q, added over the warps        -> softmax, argmax, r
+#     pooling   (8, BK, BN) @ (8, BN, 16)  -> each warp sums the columns it already holds        -> stays in registers
+# So an element of x comes from memory once (cp.async, STAGES - 1 tiles ahead of the arithmetic) and from shared memory
+# once per product. The prototypes stay in shared memory, the (K, D) sums in registers until the span ends; then they
+# are written, and a second kernel adds the spans of an image in their order: no atomics, the same bits in every run.
+# K is padded to BK with -inf; D is walked in chunks, the last one masked. HOLD is the number of chunks kept on chip:
+# all, or none where K * D is too large. Then tiles are loaded again for the second product, from the L2 cache, and
+# program_id(1) says which POOL chunks are summed. A matrix below is (pointer, row stride, column stride).
+@jit
+def _tile(matrix, row, rows, chunk, D: tl.constexpr):
+    """(8, R, 16): of the given rows, column c of warp w is column 128 chunk + 16 w + c. Zero outside."""
+    ptr, stride_row, stride_d = matrix
+    d = chunk * 128 + tl.arange(0, 8)[:, None, None] * 16 + tl.arange(0, 16)[None, None, :]
+    inside = row[None, :, None] < rows
+    if D % 128 != 0:
+        inside = inside & (d < D)
+    return tl.load(ptr + row[None, :, None].to(tl.int64) * stride_row + d.to(tl.int64) * stride_d, inside, other=0.0)
+
+
+@jit
+def _tiles(matrix, row, rows, D: tl.constexpr, CHUNKS: tl.constexpr):
+    tiles = ()
+    for c in tl.static_range(CHUNKS):
+        tiles = tiles + (_tile(matrix, row, rows, c, D),)
+    return tiles
+
+
+@jit
+def _row_dots(left, right, k, K, D: tl.constexpr):
+    total = tl.zeros(k.shape, tl.float32)                                                       # (K, D) twice -> (BK)
+    for c in tl.range((D + 127) // 128):
+        total += tl.sum(tl.sum(_tile(left, k, K, c, D).to(tl.float32) * _tile(right, k, K, c, D), 0), 1)
+    return total
+
+
+@jit
+def _map(ptr, k, n, inside, stride_k, stride_n):
+    offset = k[None, :].to(tl.int64) * stride_k + n[:, None].to(tl.int64) * stride_n            # (K, N) -> (BN, BK)
+    return tl.load(ptr + offset, inside, other=0.0).to(tl.float32)
+
+
+@jit
+def _products(tiles, x, n, end, rows, q, k, K, D: tl.constexpr, HOLD: tl.constexpr, PRECISION: tl.constexpr):
+    """x_n.q_k (BN, BK). The 8 partial sums are added as a tree of halves: a split puts both halves into one thread, so
+    that the softmax is shared out over the warps. After tl.sum every warp would do all of it."""
+    BN: tl.constexpr = n.shape[0]
+    BK: tl.constexpr = k.shape[0]
+    dots = tl.zeros((8, BN, BK), tl.float32)
+    if HOLD > 0:
+        for c in tl.static_range(HOLD):
+            dots = tl.dot(tiles[c], tl.permute(rows[c], (0, 2, 1)), dots, input_precision=PRECISION)
+    else:
+        for c in tl.range((D + 127) // 128, num_stages=2):
+            again = tl.permute(_tile(q, k, K, c, D), (0, 2, 1))
+            dots = tl.dot(_tile(x, n, end, c, D), again, dots, input_precision=PRECISION)
+    low, high = tl.split(tl.reshape(tl.permute(dots, (1, 2, 0)), (BN, BK, 4, 2)))
+    low, high = tl.split(tl.reshape(low + high, (BN, BK, 2, 2)))
+    low, high = tl.split(low + high)
+    return low + high
+
+
+@jit
+def _softmax(logits, bias, k, K, AFTER: tl.constexpr):
+    if not AFTER:
+        logits += bias
+    logits = tl.where(k[None, :] < K, logits, float("-inf"))
+    share = tl.exp(logits - tl.max(logits, 1)[:, None])
+    return share * (1 / tl.sum(share, 1))[:, None]                                              # (BN, BK)
+
+
+@jit
+def _add_weighted(sums, weight, tiles, x, n, end, first, D: tl.constexpr, HOLD: tl.constexpr, PRECISION: tl.constexpr):
+    """sums_k += sum_n weight_k(n) x_n, chunk by chunk from first on; weight (BN, BK), sums a tuple of (8, BK, 16)."""
+    weight = tl.broadcast_to(tl.trans(weight)[None], (8, weight.shape[1], weight.shape[0]))
+    added = ()
+    for c in tl.static_range(len(sums)):
+        if HOLD > 0:
+            tile = tiles[c]
+        else:
+            tile = _tile(x, n, end, first + c, D)
+        added = added + (tl.dot(weight, tile, sums[c], input_precision=PRECISION),)
+    return added
+
+
+@jit
+def _store_sums(part_ptr, sums, row, k, K, first, D: tl.constexpr):                             # part (B*spans, K, D)
+    k = k[None, :, None]
+    for c in tl.static_range(len(sums)):
+        d = (first + c) * 128 + tl.arange(0, 8)[:, None, None] * 16 + tl.arange(0, 16)[None, None, :]
+        tl.store(part_ptr + (row + k) * D + d, sums[c], (k < K) & (d < D))
+
+
+@jit
+def _forward_kernel(x_ptr, q_ptr, bias_ptr,                 # x (B, N, D), q (K, D) like x, bias (K, N): any strides
+                    attention_ptr,                          # out (B, K, N) fp32
+                    part_ptr, part_mass_ptr,                # out (B * spans, K, D) and (B * spans, K) fp32
+                    N, K, spans, span, sxb, sxn, sxd, sqk, sqd, sbk, sbn, smoothing, AFTER: tl.constexpr,
+                    SMOOTH: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HOLD: tl.constexpr,
+                    POOL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
+    image = (tl.program_id(0) // spans).to(tl.int64)
+    begin = (tl.program_id(0) % spans) * span
+    end = tl.minimum(begin + span, N)
+    first = tl.program_id(1) * POOL                         # the first chunk whose columns this program sums
+    k = tl.arange(0, BK)
+    writes = k < tl.where(first == 0, K, 0)                 # the maps are written by the first slice alone
+    x, q = (x_ptr + image * sxb, sxn, sxd), (q_ptr, sqk, sqd)
+    norm = _row_dots(q, q, k, K, D)                                                             # |q_k|^2
+    rows = _tiles(q, k, K, D, HOLD)
+    sums, mass = (tl.zeros((8, BK, 16), tl.float32),) * POOL, tl.zeros((BN, BK), tl.float32)
+    for start in tl.range(begin, end, BN, num_stages=STAGES):
+        n = start + tl.arange(0, BN)
+        inside = (k[None, :] < K) & (n[:, None] < end)
+        bias = _map(bias_ptr, k, n, inside, sbk, sbn)                                           # (BN, BK)
+        tiles = _tiles(x, n, end, D, HOLD)                                                      # chunks x (8, BN, 16)
+        dots = _products(tiles, x, n, end, rows, q, k, K, D, HOLD, PRECISION)
+        a = _softmax(2 * dots - norm[None, :], bias, k, K, AFTER)
+        if AFTER:
+            a = tl.maximum(a + bias, 0.0)
+        if SMOOTH:
+            a = tl.where(k[None, :] < K, a + smoothing, 0.0)
+            a = a * (1 / tl.sum(a, 1))[:, None]
+        winner = tl.argmax(tl.where(k[None, :] < K, a, -1.0), 1)                                # the first of equals
+        region = tl.where((k[None, :] == winner[:, None]) & inside, a, 0.0)
+        mass += region
+        sums = _add_weighted(sums, region.to(x_ptr.dtype.element_ty), tiles, x, n, end, first, D, HOLD, PRECISION)
+        tl.store(attention_ptr + image * K * N + (k[None, :] * N + n[:, None]), a, inside & writes[None, :])
+    row = tl.program_id(0).to(tl.int64) * K
+    tl.store(part_mass_ptr + row + k, tl.sum(mass, 0), writes)
+    _store_sums(part_ptr, sums, row, k, K, first, D)
+
+
+@jit
+def _combine_kernel(part_ptr, part_mass_ptr,                # (B * spans, K, D) and (B * spans, K) fp32
+                    pooled_ptr, mass_ptr,                   # out (B, K, D) like x and (B, K) fp32
+                    K, D, spans, BLOCK: tl.constexpr):
+    """The spans of an image, always added in the same order, then divided by the mass."""
+    image, k = (tl.program_id(0) // K).to(tl.int64), tl.program_id(0) % K
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total, mass = tl.zeros((BLOCK,), tl.float32), 0.0
+    for span in range(spans):
+        row = (image * spans + span) * K + k
+        total += tl.load(part_ptr + row * D + d, d < D, other=0.0)
+        mass += tl.load(part_mass_ptr + row)
+    pooled = tl.where(mass > 0, total / tl.where(mass > 0, mass, 1.0), 0.0)
+    tl.store(pooled_ptr + (image * K + k) * D + d, pooled.to(pooled_ptr.dtype.element_ty), d < D)
+    tl.store(mass_ptr + image * K + k, mass)
+
+
+# --- 3. The backward, derived ----------------------------------------------------------------------------------------
+# Given dA (B,K,N), dP (B,K,D), dm (B,K): the gradients of the loss with respect to attention, pooled and mass.
+#     p_k = sum_n r_k(n) x_n / m_k and m_k = sum_n r_k(n), so r_k(n) acts on both:
+#         dr_k(n) = dm_k + dP_k.(x_n - p_k) / m_k                                  0 for an empty region's dP
+#     r_k is a_k on the patches that k won and the choice itself has no gradient:
+#         da_k(n) = dA_k(n) + [k won n] dr_k(n)
+#     smoothing divides by Z = sum_k (u_k + eps), hence       du_k = (da_k - sum_j da_j a_j) / Z
+#     the clamp lets pass what was not negative, and the bias is added there:     h_k = [s_k + b_k >= 0] du_k
+#     the softmax's Jacobian is s_k (delta_kj - s_j):         dl_k = s_k (h_k - sum_j h_j s_j)
+#     l_k = 2 x.q_k - |q_k|^2 gives                           dq_k = 2 sum_n dl_k(n) (x_n - q_k)
+#     bias after the softmax: db = sum_B h; inside it:        db = sum_B dl
+#     x_n is seen by the logits and by the averages:          dx_n = 2 sum_k dl_k(n) q_k + a_w(n) / m_w dP_w, w won n
+# Everything but x.q and x.dP is a handful of operations per map entry. So s is not stored but computed again from the
+# tile of x that x.dP and dq need anyway; from the forward only its three outputs are kept.
+def prototype_attention_backward_reference(grad_attention, grad_pooled, grad_mass, x, prototypes, bias, attention,
+                                           pooled, mass, bias_after_softmax, smoothing, detach_maps):
+    """The derivation above line by line, (B, N, K) throughout -> dx (B,N,D), dprototypes (K,D), dbias (K,N)."""
+    with torch.autocast(x.device.type, enabled=False):
+        e, q, b, a, p, m, dA, dP, dm = _wide(x, prototypes, bias, attention, pooled, mass, grad_attention, grad_pooled,
+                                             grad_mass)
+        a, dA = a.transpose(1, 2), dA.transpose(1, 2)                                           # (B, N, K)
+        s, u, _ = _attend(e, q, b, bias_after_softmax, smoothing)
+        won = torch.zeros_like(a).scatter(-1, a.argmax(-1, keepdim=True), 1)
+        inverse = torch.where(m > 0, 1 / m, 0)[:, None]                                         # (B, 1, K)
+        dr = dm[:, None] + (e @ dP.transpose(1, 2) - (dP * p).sum(-1)[:, None]) * inverse
+        h = dA + won * dr
+        if smoothing > 0:
+            h = (h - (h * a).sum(-1, keepdim=True)) / (u.clamp(min=0) + smoothing).sum(-1, keepdim=True)
+        h = torch.where(u >= 0, h, 0)
+        dl = s * (h - (h * s).sum(-1, keepdim=True))
+        dq = 2 * (torch.einsum("bnk,bnd->kd", dl, e) - q * dl.sum((0, 1))[:, None])             # (K, D)
+        dx = (won * a * inverse) @ dP + (0 if detach_maps else 2 * dl @ q)                      # (B, N, D)
+        return dx.to(x.dtype), dq.to(prototypes.dtype), (h if bias_after_softmax else dl).sum(0).T.to(bias.dtype)
+
+
+# The same two kernels again. The first has the forward's shape: a span of patches, x read once, dl instead of r as
+# the weights of the (K, D) sums. The second makes dx, which needs dl, a, q and dP but not x. Each gradient that is
+# not asked for is compiled away: a prompted layer detaches x, so there the second kernel does not run at all.
+@jit
+def _backward_kernel(x_ptr, q_ptr, bias_ptr,                # x (B, N, D), q (K, D) like x, bias (K, N): any strides
+                     attention_ptr, pooled_ptr, mass_ptr,   # saved: (B, K, N) fp32, (B, K, D) like x, (B, K) fp32
+                     da_ptr, dp_ptr, dm_ptr,                # (B, K, N), (B, K, D) and (B, K): any strides
+                     dl_ptr, h_ptr,                         # out (B, K, N) fp32
+                     part_ptr, part_sum_ptr,                # out (B * spans, K, D) and (B * spans, K) fp32
+                     N, K, spans, span, sxb, sxn, sxd, sqk, sqd, sbk, sbn, sab, sak, san, spb, spk, spd, smb, smk,
+                     smoothing, POOLED: tl.constexpr, WANT_DL: tl.constexpr, WANT_H: tl.constexpr, AFTER: tl.constexpr,
+                     SMOOTH: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HOLD: tl.constexpr,
+                     POOL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
+    image = (tl.program_id(0) // spans).to(tl.int64)
+    begin = (tl.program_id(0) % spans) * span
+    end = tl.minimum(begin + span, N)
+    first = tl.program_id(1) * POOL
+    k = tl.arange(0, BK)
+    writes = k < tl.where(first == 0, K, 0)
+    x, q = (x_ptr + image * sxb, sxn, sxd), (q_ptr, sqk, sqd)
+    norm = _row_dots(q, q, k, K, D)
+    rows = _tiles(q, k, K, D, HOLD)
+    dr = tl.load(dm_ptr + image * smb + k * smk, k < K, other=0.0).to(tl.float32)               # (BK)
+    if POOLED:
+        dp = (dp_ptr + image * spb, spk, spd)
+        mass = tl.load(mass_ptr + image * K + k, k < K, other=0.0)
+        inverse = tl.where(mass > 0, 1 / tl.where(mass > 0, mass, 1.0), 0.0)
+        dr -= _row_dots(dp, (pooled_ptr + image * K * D, D, 1), k, K, D) * inverse              # dm_k - dP_k.p_k / m_k
+        dp_rows = _tiles(dp, k, K, D, HOLD)
+    sums, sum_dl = (tl.zeros((8, BK, 16), tl.float32),) * POOL, tl.zeros((BN, BK), tl.float32)
+    for start in tl.range(begin, end, BN, num_stages=STAGES):
+        n = start + tl.arange(0, BN)
+        inside = (k[None, :] < K) & (n[:, None] < end)
+        bias = _map(bias_ptr, k, n, inside, sbk, sbn)                                           # (BN, BK), as all below
+        a = _map(attention_ptr + image * K * N, k, n, inside, N, 1)
+        da = _map(da_ptr + image * sab, k, n, inside, sak, san)
+        tiles = _tiles(x, n, end, D, HOLD)
+        dots = _products(tiles, x, n, end, rows, q, k, K, D, HOLD, PRECISION)                   # x.q
+        s = _softmax(2 * dots - norm[None, :], bias, k, K, AFTER)
+        u = s + bias if AFTER else s
+        won = tl.broadcast_to(dr[None, :], (BN, BK))
+        if POOLED:
+            won += _products(tiles, x, n, end, dp_rows, dp, k, K, D, HOLD, PRECISION) * inverse[None, :]    # x.dP / m
+        winner = tl.argmax(tl.where(k[None, :] < K, a, -1.0), 1)
+        h = da + tl.where(k[None, :] == winner[:, None], won, 0.0)
+        if SMOOTH:
+            total = tl.sum(tl.where(k[None, :] < K, tl.maximum(u, 0.0) + smoothing, 0.0), 1)
+            h = (h - tl.sum(h * a, 1)[:, None]) / total[:, None]
+        h = tl.where(inside & (u >= 0), h, 0.0)
+        dl = s * (h - tl.sum(h * s, 1)[:, None])
+        weight = dl.to(x_ptr.dtype.element_ty)              # rounded in both sums: dq is their difference
+        sum_dl += weight.to(tl.float32)
+        sums = _add_weighted(sums, weight, tiles, x, n, end, first, D, HOLD, PRECISION)
+        if WANT_H:
+            tl.store(h_ptr + image * K * N + (k[None, :] * N + n[:, None]), h, inside & writes[None, :])
+        if WANT_DL:
+            tl.store(dl_ptr + image * K * N + (k[None, :] * N + n[:, None]), dl, inside & writes[None, :])
+    if POOL > 0:                                            # 0: the prototypes ask for no gradient
+        row = tl.program_id(0).to(tl.int64) * K
+        tl.store(part_sum_ptr + row + k, tl.sum(sum_dl, 0), writes)
+        _store_sums(part_ptr, sums, row, k, K, first, D)
+
+
+@jit
+def _patch_gradient_kernel(q_ptr, dp_ptr,                   # (K, D), (B, K, D) like x: any strides
+                           attention_ptr, mass_ptr, dl_ptr,  # (B, K, N), (B, K), (B, K, N) fp32
+                           dx_ptr,                          # out (B, N, D)
+                           N, K, sqk, sqd, spb, spk, spd,
+                           LOGITS: tl.constexpr, POOLED: tl.constexpr, D: tl.constexpr, BN: tl.constexpr,
+                           BK: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
+    """dx_n = 2 sum_k dl_k(n) q_k + a_w(n) / m_w dP_w: two products over k, as thin as K."""
+    blocks = tl.cdiv(N, BN)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    n = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    dtype = dx_ptr.dtype.element_ty
+    inside = (k[None, :] < K) & (n[:, None] < N)
+    if LOGITS:
+        dl = (2 * _map(dl_ptr + image * K * N, k, n, inside, N, 1)).to(dtype)                   # (BN, BK)
+    if POOLED:
+        a = _map(attention_ptr + image * K * N, k, n, inside, N, 1)
+        winner = tl.argmax(tl.where(k[None, :] < K, a, -1.0), 1)
+        mass = tl.load(mass_ptr + image * K + k, k < K, other=0.0)
+        share = a / tl.where(mass > 0, mass, 1.0)[None, :]                                      # at most 1, fp16-safe
+        share = tl.where(k[None, :] == winner[:, None], share, 0.0).to(dtype)
+    for start in tl.range(0, D, BD):
+        d = start + tl.arange(0, BD)
+        rows = (k[:, None] < K) & (d[None, :] < D)
+        dx = tl.zeros((BN, BD), tl.float32)
+        if LOGITS:
+            q = tl.load(q_ptr + k[:, None] * sqk + d[None, :] * sqd, rows, other=0.0)
+            dx = tl.dot(dl, q, dx, input_precision=PRECISION)
+        if POOLED:
+            dp = tl.load(dp_ptr + image * spb + k[:, None] * spk + d[None, :] * spd, rows, other=0.0)
+            dx = tl.dot(share, dp, dx, input_precision=PRECISION)
+        row = image * N + n[:, None]
+        tl.store(dx_ptr + row * D + d[None, :], dx.to(dtype), (n[:, None] < N) & (d[None, :] < D))
+
+
+# --- 4. The launch and the op ----------------------------------------------------------------------------------------
+if triton is not None and not isinstance(_forward_kernel, triton.JITFunction):
+    def wrap_triton(kernel):                                # TRITON_INTERPRET=1: nothing to trace
+        return kernel
+
+
+@functools.cache
+def _chip(device):
+    """Multiprocessors, and bytes of shared memory a program may have; an H200's where there is no GPU to ask."""
+    if not torch.cuda.is_available():
+        return 132, 232448
+    chip = torch.cuda.get_device_properties(device)
+    return chip.multi_processor_count, chip.shared_memory_per_block_optin
+
+
+def _plan(B, N, D, K, size, products, processors, shared):
+    """products: 1 in the forward; in the backward 2, or 3 with x.dP. -> constexprs, spans of an image, patches of a
+    span, slices of D. The limits on `sums`, registers a thread gives to the (K, D) sums, are where spilling begins."""
+    BK, chunks, backward = max(16, triton.next_power_of_2(K)), triton.cdiv(D, 128), products > 1
+    sums, BN, stages = BK * chunks // 2, 16, 1
+    if sums <= ((24 if backward else 96) if size == 4 else 128):
+        BN = 32 if size == 2 and not backward and sums <= 96 else 16
+        maps, rows = BN * BK * 4, (2 if products == 3 else 1) * BK * chunks * 128 * size
+        tile = BN * chunks * 128 * size + maps * (3 if backward else 1)
+        stages = min(3, (shared - rows - 8 * maps) // tile + 1)
+    pool = chunks if stages > 1 else min(max(1, 96 // BK), chunks)
+    spans = processors // B if 2 * B <= processors else triton.cdiv(4 * processors, B)      # one wave, or at least four
+    span = triton.cdiv(N, max(1, min(spans, N // (2 * BN))) * BN) * BN
+    exact = torch.get_float32_matmul_precision() == "highest"                               # PyTorch's own switch
+    return dict(D=D, BN=BN, BK=BK, HOLD=chunks if stages > 1 else 0, POOL=pool, STAGES=max(1, stages),
+                PRECISION="ieee" if exact else "tf32x3"), triton.cdiv(N, span), span, triton.cdiv(chunks, pool)
+
+
+def _launch_forward(x, prototypes, bias, after, smoothing):
+    (B, N, D), K, q = x.shape, len(prototypes), prototypes.to(x.dtype)
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
+    attention, pooled, mass = empty(B, K, N), torch.empty(B, K, D, dtype=x.dtype, device=x.device), empty(B, K)
+    if B * N == 0:
+        return attention, pooled.zero_(), mass.zero_()
+    cut, spans, span, slices = _plan(B, N, D, K, x.element_size(), 1, *_chip(x.device))
+    part, part_mass = empty(B * spans, K, D), empty(B * spans, K)
+    wrap_triton(_forward_kernel)[(B * spans, slices)](
+        x, q, bias, attention, part, part_mass, N, K, spans, span, *x.stride(), *q.stride(), *bias.stride(), smoothing,
+        AFTER=after, SMOOTH=smoothing > 0, num_warps=8, **cut)
+    wrap_triton(_combine_kernel)[(B * K, triton.cdiv(D, 256))](part, part_mass, pooled, mass, K, D, spans, BLOCK=256)
+    return attention, pooled, mass
+
+
+def _launch_backward(dA, dP, dm, x, prototypes, bias, attention, pooled, mass, after, smoothing, detach_maps, needed):
+    (B, N, D), K, q = x.shape, len(prototypes), prototypes.to(x.dtype)
+    zero, empty = x.new_zeros(()), functools.partial(torch.empty, dtype=torch.float32, device=x.device)
+    dA, dm = zero.expand(B, K, N) if dA is None else dA, zero.expand(B, K) if dm is None else dm
+    want_h, want_dl = needed[2] and after, needed[0] and not detach_maps or needed[2] and not after
+    cut, spans, span, slices = _plan(B, N, D, K, x.element_size(), 2 + (dP is not None), *_chip(x.device))
+    h, dl = empty(B if want_h else 0, K, N), empty(B if want_dl else 0, K, N)
+    part, part_sum = empty(B * spans * needed[1], K, D), empty(B * spans * needed[1], K)
+    cut["POOL"], slices = (cut["POOL"], slices) if needed[1] else (0, 1)
+    if needed[1] or want_h or want_dl:
+        wrap_triton(_backward_kernel)[(B * spans, slices)](
+            x, q, bias, attention, pooled, mass, dA, q if dP is None else dP, dm, dl, h, part, part_sum, N, K, spans, span,
+            *x.stride(), *q.stride(), *bias.stride(), *dA.stride(), *(pooled if dP is None else dP).stride(),
+            *dm.stride(), smoothing, POOLED=dP is not None, WANT_DL=want_dl, WANT_H=want_h, AFTER=after,
+            SMOOTH=smoothing > 0, num_warps=8, **cut)
+    dx = torch.zeros(x.shape if needed[0] else (0,), dtype=x.dtype, device=x.device)
+    if needed[0]:
+        wrap_triton(_patch_gradient_kernel)[(B * triton.cdiv(N, 64),)](
+            q, q if dP is None else dP, attention, mass, dl, dx, N, K, *q.stride(), *(pooled if dP is None else dP).stride(),
+            LOGITS=not detach_maps, POOLED=dP is not None, D=D, BN=64, BK=cut["BK"], BD=64, PRECISION=cut["PRECISION"])
+    dq = 2 * (part.sum(0) - q.float() * part_sum.sum(0)[:, None]) if needed[1] else part
+    return dx, dq.to(prototypes.dtype), (h if after else dl).sum(0).to(bias.dtype) if needed[2] else h
+
+
+def _fused(x):
+    return triton is not None and x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton_op("ivpt::prototype_attention", mutates_args=(), schema="(Tensor x, Tensor prototypes, Tensor bias, bool after, "
+           "float smoothing, bool detach_maps) -> (Tensor, Tensor, Tensor)")
+def _op(x, prototypes, bias, after, smoothing, detach_maps):
+    if _fused(x):
+        return _launch_forward(x, prototypes, bias, after, smoothing)
+    return prototype_attention_reference(x, prototypes, bias, after, smoothing=smoothing)
+
+
+@triton_op("ivpt::prototype_attention_backward", mutates_args=(), schema="(Tensor? grad_attention, Tensor? grad_pooled, "
+           "Tensor? grad_mass, Tensor x, Tensor prototypes, Tensor bias, Tensor attention, Tensor pooled, Tensor mass, "
+           "bool after, float smoothing, bool detach_maps, bool[] needed) -> (Tensor, Tensor, Tensor)")
+def _backward_op(dA, dP, dm, x, prototypes, bias, attention, pooled, mass, after, smoothing, detach_maps, needed):
+    if _fused(x) and x.numel() > 0:
+        return _launch_backward(dA, dP, dm, x, prototypes, bias, attention, pooled, mass, after, smoothing, detach_maps,
+                                needed)
+    dA, dP, dm = (torch.zeros_like(o) if g is None else g for g, o in ((dA, attention), (dP, pooled), (dm, mass)))
+    return prototype_attention_backward_reference(dA, dP, dm, x, prototypes, bias, attention, pooled, mass, after,
+                                                  smoothing, detach_maps)
+
+
+@_op.register_fake
+def _(x, prototypes, bias, after, smoothing, detach_maps):
+    (B, N, D), K, kind = x.shape, len(prototypes), torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty((B, K, N), dtype=kind), x.new_empty((B, K, D)), x.new_empty((B, K), dtype=kind)
+
+
+def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)                        # an output without gradient costs nothing
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.options = inputs[3:]
+
+
+def _differentiate(ctx, *grads):
+    needed = list(ctx.needs_input_grad[:3])
+    gradients = _backward_op(*grads, *ctx.saved_tensors, *ctx.options, needed)
+    return *(g if wanted else None for g, wanted in zip(gradients, needed)), None, None, None
+
+
+_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def prototype_attention(x, prototypes, bias, bias_after_softmax=True, *, smoothing=0.0, detach_maps=False):
+    """The reference's signature and results: fused on an NVIDIA GPU in fp32, bf16 and fp16, else the reference itself.
+
+    Under autocast x keeps its dtype, and so does the op: logits need fp32 sums, and a cast would read x once more.
+    """
+    if _fused(x):
+        return _op(x, prototypes, bias, bias_after_softmax, float(smoothing), detach_maps)
+    return prototype_attention_reference(x, prototypes, bias, bias_after_softmax, smoothing=smoothing,
+                                         detach_maps=detach_maps)
+
+
+# --- 5. Self-check and benchmark -------------------------------------------------------------------------------------
+def two_reads(x, prototypes, bias, product_form=False):
+    """The honest rival: two matmuls and a softmax in x's own dtype. product_form: with the (B, D, K, N) tensor."""
+    attention = ((2 * x @ prototypes.T - prototypes.square().sum(1)).float().softmax(-1) + bias.T).clamp(min=0)
+    region = attention * torch.zeros_like(attention).scatter(-1, attention.argmax(-1, keepdim=True), 1)
+    if product_form:
+        sums = (x.transpose(1, 2)[:, :, None] * region.to(x.dtype).transpose(1, 2)[:, None]).sum(-1).transpose(1, 2)
+    else:
+        sums = region.to(x.dtype).transpose(1, 2) @ x                                           # (B, K, D)
+    mass = region.sum(1)
+    return attention.transpose(1, 2), sums / mass.clamp(min=1e-30)[..., None].to(x.dtype), mass
+
+
+def problem(B, N, D, K, dtype, device):
+    torch.manual_seed(0)
+    x, q = torch.randn(B, N, D, device=device), 0.3 * torch.randn(K, D, device=device)
+    return [t.to(dtype).requires_grad_() for t in (x, q)] + [torch.zeros(K, N, device=device, requires_grad=True)]
+
+
+def check(device):
+    """Largest errors against the fp64 reference, of the op and of the two-read form in the same dtype."""
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = problem(2, 1369, 768, 17, dtype, device)
+        exact = prototype_attention_reference(*(t.double() for t in inputs))
+        for name, function in ("two reads", two_reads), ("op", prototype_attention):
+            errors = [(o.double() - e).abs().max().item() for o, e in zip(function(*inputs), exact)]
+            print(f"{dtype} {name:10s} attention {errors[0]:.1e}  pooled {errors[1]:.1e}  mass {errors[2]:.1e}")
+
+
+def measure(run, device):
+    """Microseconds: median, 20 % and 80 % (on a GPU of GPU time), and the median wall time of one call."""
+    def clock():
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return 1e6 * (time.perf_counter() - start)
+    clock()
+    wall = sorted(clock() for _ in range(30 if device == "cuda" else 5))
+    times = wall[len(wall) // 2], wall[len(wall) // 5], wall[-1 - len(wall) // 5]
+    if device == "cuda":
+        times = tuple(1e3 * t for t in triton.testing.do_bench(run, quantiles=(0.5, 0.2, 0.8)))
+    return *times, wall[len(wall) // 2]
+
+
+def benchmark(device):
+    ...
+
+
+if __name__ == "__main__":
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    check(device)
+    benchmark(device)

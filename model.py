@@ -1,0 +1,418 @@
+"""IVPT: Interpretable Visual Prompt Tuning on a compact DINOv2 vision transformer (arXiv 2503.06084, ICLR 2026).
+
+    python -c "import model; print(model.load_backbone('vits14', 518))"       # downloads Meta's weights (Apache-2.0)
+    python train.py                                                          # trains the model below on drawn birds
+
+Read it top to bottom, as an image meets it: the frozen ViT (patches -> tokens -> blocks), then the concept layer
+(which patch belongs to which concept), the fusion of many fine concepts into few coarse prompts, and IVPT, which
+puts a concept layer before each of the last four blocks and one at the output. Letters in shapes, in every file:
+
+    B images   T tokens   N = h*w patches   D width   K prototypes of a layer, the background last
+    G coarse concepts = prototypes of the last layer without its background   C classes
+"""
+import hashlib
+import pickle
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels import prototype_attention
+
+# width, depth, patch, grid of the position embedding, SwiGLU hidden width (0: a 4x GELU MLP); heads are width / 64
+ARCHITECTURES = {
+    "vits14": dict(width=384, depth=12, patch_size=14, grid=37),
+    "vitb14": dict(width=768, depth=12, patch_size=14, grid=37),
+    "vitl14": dict(width=1024, depth=24, patch_size=14, grid=37),
+    "vitg14": dict(width=1536, depth=40, patch_size=14, grid=37, swiglu=4096),
+}
+ARCHITECTURES |= {f"{name}_reg4": dict(kind, registers=4) for name, kind in ARCHITECTURES.items()}
+ARCHITECTURES["toy"] = dict(width=128, depth=6, patch_size=8, grid=14)  # no pretrained file: trained along, from scratch
+SMOOTHING = 1e-6  # a <- (a + 1e-6) / sum_k (a + 1e-6), before the losses and in the head
+
+
+# ---------------------------------------------------------------- the vision transformer
+# Attribute names are those of Meta's released state dicts, so that load_state_dict(strict=True) holds.
+
+class Attention(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.heads = width // 64
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, 64).permute(2, 0, 3, 1, 4)  # each (B, heads, T, 64)
+        if x.device.type == "cpu" and q.dtype == torch.bfloat16:  # there, two matmuls take half the time of the fused call
+            x = (q * 0.125 @ k.transpose(2, 3)).softmax(-1) @ v  # 0.125 = 64 ** -0.5
+        else:
+            x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """The feed-forward of vitg14: a gate and a value from one projection (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """x + ls1(attention(norm1(x))), then x + ls2(mlp(norm2(x)))."""
+
+    def __init__(self, width, swiglu=0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width)
+        self.ls1 = LayerScale(width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = SwiGLU(width, swiglu) if swiglu else Mlp(width)
+        self.ls2 = LayerScale(width)
+
+    def forward(self, x):
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, width, patch_size):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch_size, stride=patch_size)
+
+    def forward(self, images):
+        return self.proj(images).flatten(2).transpose(1, 2)  # (B, 3, H, W) -> (B, N, D), row-major patches
+
+
+def patch_grid(image_size, patch_size):
+    """image_size: a side or (height, width) in pixels -> patches (h, w). Raises ValueError where they do not fit."""
+    H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if H % patch_size or W % patch_size or min(H, W) < patch_size:
+        below = max(1, H // patch_size) * patch_size
+        raise ValueError(f"image size {H} x {W}: expected sides divisible by the patch of {patch_size} pixels; "
+                         f"take --image-size {below} or {below + patch_size}")
+    return H // patch_size, W // patch_size
+
+
+class VisionTransformer(nn.Module):
+    """DINOv2's ViT (Oquab et al. 2023, arXiv 2304.07193; registers: Darcet et al. 2023, arXiv 2309.16588).
+
+    image_size: side in pixels or (height, width); what IVPT sizes its spatial biases for. The ViT itself takes any
+    image whose sides the patch divides. Raises ValueError for other sizes.
+    """
+
+    def __init__(self, width, depth, patch_size, grid, registers=0, swiglu=0, image_size=None):
+        super().__init__()
+        if width % 64:
+            raise ValueError(f"backbone width {width}: expected a multiple of 64, as every head is 64 wide")
+        self.width, self.patch_size, self.pos_grid, self.registers = width, patch_size, grid, registers
+        self.image_size = image_size or grid * patch_size
+        self.grid = patch_grid(self.image_size, patch_size)  # (h, w)
+        self.patch_embed = PatchEmbed(width, patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, width))  # pretraining's; kept so that Meta's files load strictly
+        if registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
+        self.blocks = nn.ModuleList(Block(width, swiglu) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.prefix = 1 + registers  # tokens before the patches
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1 and name != "mask_token":
+                nn.init.trunc_normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def positions(self, h, w):
+        """Position embedding of cls and an h x w grid: (1, 1 + h*w, D). The first spatial axis is the height."""
+        side, D = self.pos_grid, self.width
+        if (h, w) == (side, side):
+            return self.pos_embed
+        grid = self.pos_embed[:, 1:].float().view(1, side, side, D).permute(0, 3, 1, 2)  # (1, D, side, side)
+        if self.registers:
+            grid = F.interpolate(grid, size=(h, w), mode="bicubic", antialias=True)
+        else:  # Meta's models without registers scale by (h + 0.1) / side, which shifts the sampling points a little
+            grid = F.interpolate(grid, scale_factor=((h + 0.1) / side, (w + 0.1) / side), mode="bicubic")
+        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+
+    def embed(self, images):
+        """images (B, 3, H, W) -> tokens (B, prefix + N, D): cls, registers (which have no position), patches."""
+        B = len(images)
+        h, w = patch_grid(images.shape[2:], self.patch_size)
+        tokens = torch.cat([self.cls_token.expand(B, -1, -1), self.patch_embed(images)], dim=1) + self.positions(h, w)
+        if self.registers:
+            tokens = torch.cat([tokens[:, :1], self.register_tokens.expand(B, -1, -1), tokens[:, 1:]], dim=1)
+        return tokens
+
+    def forward(self, images):
+        """images (B, 3, H, W) -> normalised tokens (B, prefix + N, D)."""
+        tokens = self.embed(images)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+
+# ---------------------------------------------------------------- weights
+URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{folder}/dinov2_{name}_pretrain.pth"
+
+
+def load_backbone(name_or_path, image_size=518):
+    """A VisionTransformer with its weights, in fp32 and eval mode.
+
+    name_or_path: a name of ARCHITECTURES ("vitb14_reg4", also with a "dinov2_" before it), downloaded once into
+    torch.hub's cache; or a file holding a state dict in those names, whose architecture is read off its shapes.
+    Raises ValueError or FileNotFoundError, one line, where the file is missing, is no such state dict or does not fit.
+    """
+    name = str(name_or_path).removeprefix("dinov2_")
+    if name == "toy":
+        return VisionTransformer(**ARCHITECTURES[name], image_size=image_size)
+    if name in ARCHITECTURES:
+        patch_grid(image_size, ARCHITECTURES[name]["patch_size"])  # a wrong size is said before 350 MB are fetched
+        url = URL.format(folder=name.removesuffix("_reg4"), name=name)
+        try:
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+        except OSError as error:
+            folder = Path(torch.hub.get_dir(), "checkpoints")
+            raise OSError(f"weights {name}: could not fetch {url} ({error}); without a network put that file into "
+                          f"{folder}, or name a local one by --weights") from None
+        return _from_state_dict(state, url, image_size)
+    if not Path(name_or_path).is_file():
+        raise FileNotFoundError(f"--weights {name_or_path}: no such file, and not one of {', '.join(ARCHITECTURES)}")
+    return _from_state_dict(read_torch_file(name_or_path, "--weights"), name_or_path, image_size)
+
+
+def read_torch_file(path, what):
+    """torch.load without code execution; every way a file can be broken becomes one line naming it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{what} {path}: no such file") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError) as error:
+        kind = "empty" if Path(path).is_file() and not Path(path).stat().st_size else "truncated, or not a torch file of tensors"
+        raise ValueError(f"{what} {path}: {kind} ({type(error).__name__}); fetch or write it again") from None
+
+
+def _architecture(state, path):
+    """Everything about a DINOv2-style ViT can be read off its state dict."""
+    try:
+        D, _, patch, _ = state["patch_embed.proj.weight"].shape
+        positions = state["pos_embed"].shape[1] - 1
+        registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+        depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+        swiglu = state["blocks.0.mlp.w3.weight"].shape[1] if "blocks.0.mlp.w3.weight" in state else 0
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise ValueError(f"weights {path}: not a ViT state dict in DINOv2's names ({type(error).__name__}: {error})") from None
+    return dict(width=D, depth=depth, patch_size=patch, grid=round(positions ** 0.5), registers=registers, swiglu=swiglu)
+
+
+def _from_state_dict(state, path, image_size):
+    backbone = VisionTransformer(**_architecture(state, path), image_size=image_size)
+    _check_shapes(backbone.state_dict(), state, f"weights {path}")
+    backbone.load_state_dict({key: value.float() for key, value in state.items()}, strict=True)  # fp16 files too
+    return backbone.eval()
+
+
+def _check_shapes(ours, theirs, what):
+    """One line naming the first key that is missing, unknown or of another shape."""
+    for key in [*ours, *theirs]:
+        mine = tuple(ours[key].shape) if key in ours else "no such key"
+        found = tuple(theirs[key].shape) if key in theirs else "no such key"
+        if mine != found:
+            raise ValueError(f"{what}: {key}: found {found}, expected {mine}; take the file this model was made for")
+
+
+# ---------------------------------------------------------------- the concept layer and the fusion
+
+class ConceptLayer(nn.Module):
+    """Concept region discovery and intra-region aggregation: K class-agnostic prototypes claim N patches."""
+
+    def __init__(self, K, width, N, bias_after_softmax):
+        super().__init__()
+        self.bias_after_softmax = bias_after_softmax
+        self.prototypes = nn.Parameter(0.05 * torch.randn(K, width))
+        self.bias = nn.Parameter(torch.zeros(K, N))
+
+    def forward(self, patches, **options):
+        """patches (B, N, D) -> attention (B, K, N), pooled (B, K, D), mass (B, K)."""
+        return prototype_attention(patches, self.prototypes, self.bias, self.bias_after_softmax, **options)
+
+
+class Fusion(nn.Module):
+    """Fine-to-coarse fusion: K - 1 region features, grouped into G, become G prompts."""
+
+    def __init__(self, width, G, mlp):
+        super().__init__()
+        self.G = G
+        self.grouping = nn.Linear(width, G)
+        self.norm = nn.LayerNorm((G, width))
+        linear = nn.Linear(width, width)  # footnote: the text has an MLP here, the released program one Linear
+        self.head = nn.Sequential(linear, nn.GELU(), nn.Linear(width, width)) if mlp else linear
+
+    def forward(self, pooled, mass):
+        """pooled (B, K-1, D), mass (B, K-1), no gradient -> prompts (B, G, D), groups (B, K-1, G) with rows of sum 1."""
+        logits = self.grouping(pooled).float()  # (B, K-1, G)
+        # footnote: the released program samples Gumbel noise in evaluation too; here evaluation is deterministic
+        groups = F.gumbel_softmax(logits, tau=1.0) if self.training else logits.softmax(-1)
+        groups = torch.where(mass[..., None] > 0, groups, 1 / self.G)  # an empty region belongs to all alike
+        weights = groups.detach().transpose(1, 2)  # (B, G, K-1)
+        coarse = weights @ pooled.float() / weights.sum(-1, keepdim=True)  # (B, G, D)
+        return self.head(self.norm(coarse)), groups
+
+
+# ---------------------------------------------------------------- IVPT
+
+class Output(NamedTuple):
+    logits: torch.Tensor          # (B, C), the mean of the concepts' votes
+    concept_logits: torch.Tensor  # (B, G, C), every coarse concept's vote
+    attention: list               # per concept layer (B, K_l, h, w), smoothed, sums to 1 over K_l, background last
+    groups: list                  # per prompted layer (B, K_l - 1, G)
+    fused: list                   # per prompted layer (B, G + 1, h, w), background last
+    features: torch.Tensor        # (B, G + 1, D), normalised region features of the last layer
+
+
+class IVPT(nn.Module):
+    """Interpretable visual prompt tuning of a VisionTransformer.
+
+    prototypes: prototypes of each concept layer, background included; all but the last layer prompt the last
+        len(prototypes) - 1 blocks.
+    bias_after_softmax: a = max(softmax + bias, 0) as in the paper's text; False: softmax(logit + bias), as released.
+    fusion_mlp: fusion head with an MLP (paper) or one Linear (released).
+    tune: what of the backbone is trained: "none" (paper), "tokens" (cls, registers, positions; released), "all".
+    Raises ValueError where the prototypes do not fit the backbone. The backbone is used, not copied.
+    """
+
+    def __init__(self, backbone, num_classes, prototypes=(17, 14, 11, 8, 5), bias_after_softmax=True, fusion_mlp=True,
+                 tune="none"):
+        super().__init__()
+        prompted = len(prototypes) - 1
+        if prompted < 1 or min(prototypes) < 2 or prompted > len(backbone.blocks):
+            raise ValueError(f"prototypes {tuple(prototypes)}: expected 2 to {len(backbone.blocks) + 1} numbers, each at "
+                             "least 2 (one concept and the background)")
+        if tune not in ("none", "tokens", "all"):
+            raise ValueError(f"tune {tune!r}: expected none, tokens or all")
+        self.backbone, self.num_classes, self.prototypes, self.grid = backbone, num_classes, tuple(prototypes), backbone.grid
+        D, G, N = backbone.width, prototypes[-1] - 1, self.grid[0] * self.grid[1]
+        tokens = ("cls_token", "register_tokens", "pos_embed")
+        for name, parameter in backbone.named_parameters():
+            parameter.requires_grad = name != "mask_token" and (tune == "all" or (tune == "tokens" and name in tokens))
+        self.tune = tune
+        self.concepts = nn.ModuleList(ConceptLayer(K, D, N, bias_after_softmax) for K in prototypes)
+        self.fusions = nn.ModuleList(Fusion(D, G, fusion_mlp) for _ in range(prompted))
+        self.norm = nn.LayerNorm((G + 1, D))
+        self.classifier = nn.Linear(D, num_classes, bias=False)  # one for all concepts
+        for module in [*self.fusions.modules(), self.classifier]:
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, images, backbone_graph=True):
+        """images (B, 3, H, W) of the backbone's image_size -> Output.
+
+        backbone_graph=False keeps no graph of the backbone: gradients of the maps still reach every prototype and bias,
+        for the maps see the patches through a stop-gradient, at half the cost. The equivariance loss needs no more.
+        """
+        h, w = self.grid
+        if patch_grid(images.shape[2:], self.backbone.patch_size) != (h, w):
+            raise ValueError(f"images of {tuple(images.shape[2:])}: expected patches of {self.backbone.patch_size} on a grid of "
+                             f"{(h, w)}, which this model's spatial biases were made for")
+        graph = torch.is_grad_enabled() and backbone_graph
+        prompted = len(self.fusions)
+        with torch.set_grad_enabled(graph and self.tune != "none"):  # frozen: nothing to learn before the first prompt
+            tokens = self.backbone.embed(images)
+            for block in self.backbone.blocks[:-prompted]:
+                tokens = block(tokens)
+        T = tokens.shape[1]
+
+        attention, groups, fused = [], [], []
+        for concept, fusion, block in zip(self.concepts, self.fusions, self.backbone.blocks[-prompted:]):
+            patches = self.backbone.norm(tokens[:, self.backbone.prefix:]).detach()  # e = LN(sg(x_l)), (B, N, D)
+            a, pooled, mass = concept(patches)
+            a = (a + SMOOTHING) / (a + SMOOTHING).sum(1, keepdim=True)  # (B, K, N)
+            prompts, S = fusion(pooled[:, :-1].detach(), mass[:, :-1].detach())
+            with torch.set_grad_enabled(graph):
+                tokens = block(torch.cat([tokens, prompts], dim=1))[:, :T]  # the prompts live for one block
+            attention.append(a.unflatten(2, (h, w)))
+            groups.append(S)
+            fused.append(torch.cat([S.transpose(1, 2) @ a[:, :-1], a[:, -1:]], dim=1).unflatten(2, (h, w)))
+
+        with torch.set_grad_enabled(graph):
+            x = self.backbone.norm(tokens[:, self.backbone.prefix:])  # with gradient: what the classes are read from
+        a, pooled, _ = self.concepts[-1](x, smoothing=SMOOTHING, detach_maps=True)
+        attention.append(a.unflatten(2, (h, w)))
+        features = self.norm(pooled)  # (B, G + 1, D), jointly over concepts and width
+        concept_logits = self.classifier(features[:, :-1]).float()  # (B, G, C)
+        return Output(concept_logits.mean(1), concept_logits, attention, groups, fused, features)
+
+
+# ---------------------------------------------------------------- from options or a checkpoint to a model
+
+def build(options, num_classes, backbone=None):
+    """The model that a run's options describe (train.Options as a dict); backbone: one already loaded."""
+    backbone = backbone or load_backbone(options["weights"], options["image_size"])
+    return IVPT(backbone, num_classes, tuple(options["prototypes"]), options["bias"] == "after", options["fusion"] == "mlp",
+                options["tune"])
+
+
+def trained_state(model):
+    """What training changes, and so all that a checkpoint needs beside the backbone's own file."""
+    return {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def fingerprint(model):
+    """SHA-256 over the frozen parameters: a checkpoint refuses to run on another backbone than its own."""
+    digest = hashlib.sha256()
+    for name, p in sorted(model.backbone.named_parameters()):
+        if not p.requires_grad:
+            digest.update(name.encode() + p.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_checkpoint(path, weights=None):
+    """A run's last.pt -> (model in eval mode, checkpoint dict). weights: where the backbone lies, if it has moved.
+
+    Raises ValueError or FileNotFoundError, one line, for a file that is missing, truncated, not ours, or whose frozen
+    backbone is another one.
+    """
+    checkpoint = read_torch_file(path, "checkpoint")
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "ivpt":
+        raise ValueError(f"checkpoint {path}: not written by train.py; expected a run's last.pt")
+    options = dict(checkpoint["options"], **({"weights": weights} if weights else {}))
+    model = build(options, len(checkpoint["classes"]))
+    restore(model, checkpoint, path)
+    return model.eval(), checkpoint
+
+
+def restore(model, checkpoint, path):
+    """Put a checkpoint's parameters into a model that was built from the same options."""
+    _check_shapes(trained_state(model), checkpoint["model"], f"checkpoint {path}")
+    if fingerprint(model) != checkpoint["fingerprint"]:
+        raise ValueError(f"checkpoint {path}: trained on another frozen backbone; name its file by --weights")
+    model.load_state_dict(checkpoint["model"], strict=False)

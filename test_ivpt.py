@@ -1,0 +1,1659 @@
+"""The specification of IVPT as tests: oracles written out independently, properties, and one smoke run a script.
+
+    python -m pytest                    # everything; what needs a GPU or real data skips with its reason
+    python -m pytest -k "kernels"       # one room: kernels, model, data, train or evaluate
+"""
+import contextlib
+import fnmatch
+import hashlib
+import http.server
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+from dataclasses import asdict
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+from PIL import Image
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+import evaluate
+import kernels
+import model as ivpt
+import train
+
+ROOT = Path(__file__).resolve().parent
+SHARED = ROOT.parent / "shared"  # real birds and a real ViT where this project is developed; elsewhere those tests skip
+
+
+# ---------------------------------------------------------------- the vision transformer, against an independent one
+
+FAMILIES = {"plain": {}, "registers": dict(registers=4), "swiglu": dict(swiglu=96), "swiglu_registers": dict(swiglu=96, registers=4)}
+
+
+def tiny_backbone(image_size=70, depth=5, seed=0, **family):
+    """A ViT of 2 heads whose every parameter is random, so that no term of the forward can hide."""
+    torch.manual_seed(seed)
+    backbone = ivpt.VisionTransformer(width=128, depth=depth, patch_size=14, grid=5, image_size=image_size, **family)
+    for name, p in backbone.named_parameters():
+        nn.init.normal_(p, 1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.2 if p.dim() < 2 else 0.08)
+    return backbone.eval()
+
+
+def cubic(t, a):
+    t = abs(t)
+    return ((a + 2) * t ** 3 - (a + 3) * t ** 2 + 1) if t <= 1 else (a * t ** 3 - 5 * a * t ** 2 + 8 * a * t - 4 * a) if t < 2 else 0.0
+
+
+def bicubic_matrix(old, new, antialias):
+    """Resampling weights (new, old), written out: Keys' cubic (a = -0.75, at scale (new + 0.1) / old, edges repeated),
+    or the antialiased one (a = -0.5, stretched when shrinking, renormalised at the edges)."""
+    W = np.zeros((new, old))
+    for i in range(new):
+        if antialias:
+            ratio = old / new
+            stretch, centre = max(ratio, 1.0), (i + 0.5) * ratio
+            for j in range(old):
+                W[i, j] = cubic((j + 0.5 - centre) / stretch, -0.5)
+            W[i] /= W[i].sum()
+        else:
+            centre = (i + 0.5) * old / (new + 0.1) - 0.5
+            for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
+                W[i, min(max(j, 0), old - 1)] += cubic(centre - j, -0.75)
+    return torch.tensor(W)
+
+
+def oracle_positions(state, h, w):
+    pos, side = state["pos_embed"].double()[0], round((state["pos_embed"].shape[1] - 1) ** 0.5)
+    grid = pos[1:].view(side, side, -1)
+    if (h, w) != (side, side):
+        aa = "register_tokens" in state
+        grid = torch.einsum("yi,xj,ijd->yxd", bicubic_matrix(side, h, aa), bicubic_matrix(side, w, aa), grid)
+    return torch.cat([pos[:1], grid.reshape(h * w, -1)])
+
+
+def oracle_norm(x, state, name):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * state[name + ".weight"] + state[name + ".bias"]
+
+
+def oracle_block(x, state, i):
+    """One pre-norm block in fp64 from the state dict alone, heads one by one."""
+    s = {k.removeprefix(f"blocks.{i}."): v.double() for k, v in state.items() if k.startswith(f"blocks.{i}.")}
+    D = x.shape[-1]
+    q, k, v = (oracle_norm(x, s, "norm1") @ s["attn.qkv.weight"].T + s["attn.qkv.bias"]).split(D, dim=-1)
+    heads = []
+    for a in range(0, D, 64):
+        weights = (q[..., a:a + 64] @ k[..., a:a + 64].transpose(1, 2) / 8).softmax(-1)
+        heads.append(weights @ v[..., a:a + 64])
+    x = x + s["ls1.gamma"] * (torch.cat(heads, -1) @ s["attn.proj.weight"].T + s["attn.proj.bias"])
+    y = oracle_norm(x, s, "norm2")
+    if "mlp.w12.weight" in s:
+        gate, value = (y @ s["mlp.w12.weight"].T + s["mlp.w12.bias"]).chunk(2, -1)
+        y = (gate * gate.sigmoid() * value) @ s["mlp.w3.weight"].T + s["mlp.w3.bias"]
+    else:
+        y = y @ s["mlp.fc1.weight"].T + s["mlp.fc1.bias"]
+        y = y * 0.5 * (1 + torch.erf(y / 2 ** 0.5)) @ s["mlp.fc2.weight"].T + s["mlp.fc2.bias"]
+    return x + s["ls2.gamma"] * y
+
+
+def oracle_embed(images, state, patch=14):
+    B, _, H, W = images.shape
+    h, w, s = H // patch, W // patch, {k: v.double() for k, v in state.items() if not k.startswith("blocks")}
+    rows = []
+    for y in range(h):
+        for x in range(w):
+            tile = images[:, :, y * patch:(y + 1) * patch, x * patch:(x + 1) * patch].double().flatten(1)
+            rows.append(tile @ s["patch_embed.proj.weight"].flatten(1).T + s["patch_embed.proj.bias"])
+    tokens = torch.cat([s["cls_token"].expand(B, -1, -1), torch.stack(rows, 1)], 1) + oracle_positions(state, h, w)
+    registers = s["register_tokens"].expand(B, -1, -1) if "register_tokens" in s else tokens[:, :0]
+    return torch.cat([tokens[:, :1], registers, tokens[:, 1:]], 1), h, w
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", [(70, 70), (98, 98), (42, 42), (56, 112), (112, 28)], ids=str)
+def test_vit_equals_an_independent_forward(family, size):
+    """All families; the grid itself, larger, smaller and rectangular: both interpolations. fp32 against fp64."""
+    backbone = tiny_backbone(depth=2, **FAMILIES[family])
+    images = torch.randn(2, 3, *size)
+    state = backbone.state_dict()
+    tokens, _, _ = oracle_embed(images, state)
+    for i in range(2):
+        tokens = oracle_block(tokens, state, i)
+    expected = oracle_norm(tokens, {k: v.double() for k, v in state.items() if k.startswith("norm.")}, "norm")
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(images).double(), expected, atol=2e-4, rtol=1e-4)  # values of size 3, 2 blocks
+
+
+@pytest.mark.parametrize("name", [n for n in ivpt.ARCHITECTURES if n != "toy"])
+def test_state_dict_names_and_shapes_are_metas(name):
+    """DESIGN section 4, key by key; built without memory."""
+    D, depth = {"s": (384, 12), "b": (768, 12), "l": (1024, 24), "g": (1536, 40)}[name[3]]
+    ffn = {"mlp.w12": (8192, 1536), "mlp.w3": (1536, 4096)} if name[3] == "g" else {"mlp.fc1": (4 * D, D), "mlp.fc2": (D, 4 * D)}
+    block = {"attn.qkv": (3 * D, D), "attn.proj": (D, D), **ffn}
+    expected = {"cls_token": (1, 1, D), "pos_embed": (1, 1370, D), "mask_token": (1, D), "norm.weight": (D,), "norm.bias": (D,),
+                "patch_embed.proj.weight": (D, 3, 14, 14), "patch_embed.proj.bias": (D,)}
+    if name.endswith("_reg4"):
+        expected["register_tokens"] = (1, 4, D)
+    for i in range(depth):
+        for key, shape in block.items():
+            expected[f"blocks.{i}.{key}.weight"], expected[f"blocks.{i}.{key}.bias"] = shape, shape[:1]
+        for norm in ("norm1", "norm2"):
+            expected[f"blocks.{i}.{norm}.weight"] = expected[f"blocks.{i}.{norm}.bias"] = (D,)
+        expected[f"blocks.{i}.ls1.gamma"] = expected[f"blocks.{i}.ls2.gamma"] = (D,)
+    with torch.device("meta"):
+        backbone = ivpt.VisionTransformer(**ivpt.ARCHITECTURES[name], image_size=224)
+    assert {k: tuple(v.shape) for k, v in backbone.state_dict().items()} == expected
+    assert backbone.blocks[0].attn.heads == D // 64
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_architecture_is_read_off_a_file_and_fp16_becomes_fp32(family, tmp_path):
+    backbone = tiny_backbone(depth=3, **FAMILIES[family])
+    torch.save({k: v.half() for k, v in backbone.state_dict().items()}, tmp_path / "vit.pth")
+    loaded = ivpt.load_backbone(tmp_path / "vit.pth", 70)
+    assert all(p.dtype == torch.float32 for p in loaded.parameters())
+    for (name, p), q in zip(backbone.named_parameters(), loaded.parameters()):
+        assert torch.equal(p.half().float(), q), name
+
+
+def broken_weights(kind, path):
+    state = tiny_backbone(depth=2).state_dict()
+    if kind == "garbage":
+        path.write_bytes(b"<html>not found</html>")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "truncated":
+        torch.save(state, path)
+        path.write_bytes(path.read_bytes()[:5000])
+    elif kind == "pickle":
+        torch.save({"model": Fraction(1, 2)}, path)  # weights_only builds tensors and plain values, no objects
+    else:
+        state = {"missing": {k: v for k, v in state.items() if k != "blocks.1.ls2.gamma"},
+                 "shape": {**state, "blocks.1.mlp.fc1.bias": torch.zeros(3)}, "unknown": {**state, "head.weight": torch.zeros(2, 2)},
+                 "other": {"a": torch.zeros(1)}}[kind]
+        torch.save(state, path)
+
+
+@pytest.mark.parametrize("kind, says", [
+    ("garbage", "not a torch file"), ("empty", "empty"), ("truncated", "truncated"), ("pickle", "not a torch file"),
+    ("missing", "blocks.1.ls2.gamma"), ("shape", "blocks.1.mlp.fc1.bias"), ("unknown", "head.weight"), ("other", "DINOv2's names")])
+def test_weights_that_do_not_fit_are_named_in_one_line(kind, says, tmp_path):
+    broken_weights(kind, tmp_path / "vit.pth")
+    with pytest.raises(ValueError) as error:
+        ivpt.load_backbone(tmp_path / "vit.pth", 70)
+    assert says in str(error.value) and "vit.pth" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unknown_backbone_and_odd_sizes_are_refused():
+    with pytest.raises(FileNotFoundError, match="vitb14_reg4"):
+        ivpt.load_backbone("vitx14", 224)
+    for size in (225, 10, (224, 100)):
+        with pytest.raises(ValueError, match="divisible by the patch of 14"):
+            ivpt.load_backbone("vits14", size)
+    for prototypes in [(5,), (17, 14, 11, 8, 1), (9,) * 9]:
+        with pytest.raises(ValueError, match="prototypes"):
+            ivpt.IVPT(tiny_backbone(), 3, prototypes)
+
+
+# ---------------------------------------------------------------- IVPT, against section 3 of the paper written out in fp64
+
+RECIPES = {"paper": dict(bias_after_softmax=True, fusion_mlp=True, tune="none"),
+           "released": dict(bias_after_softmax=False, fusion_mlp=False, tune="tokens")}
+PROTOTYPES = (7, 6, 5, 4, 4)  # the last: G = 3 concepts and the background
+
+
+def tiny_ivpt(recipe="paper", family="registers", classes=6):
+    model = ivpt.IVPT(tiny_backbone(**FAMILIES[family]), classes, PROTOTYPES, **RECIPES[recipe])
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if not name.startswith("backbone."):
+                p.copy_(torch.randn(p.shape) * (0.2 if "prototypes" in name else 0.1) + (1 if name.endswith("norm.weight") else 0))
+    return model.eval()
+
+
+def oracle_regions(e, q, b, after, smoothing):
+    """a and p of section 3 for one image, patch by patch: e (N, D), q (K, D), b (K, N) in fp64."""
+    a = torch.stack([(-(e[n] - q).square().sum(1) + (0 if after else b[:, n])).softmax(0) for n in range(len(e))], 1)  # (K, N)
+    a = (a + b).clamp(min=0) if after else a
+    smooth = (a + 1e-6) / (a + 1e-6).sum(0)
+    a = smooth if smoothing else a
+    p, mass = torch.zeros(q.shape, dtype=e.dtype), torch.zeros(len(q), dtype=e.dtype)
+    for n in range(len(e)):
+        k = a[:, n].argmax()
+        p[k] += a[k, n] * e[n]
+        mass[k] += a[k, n]
+    return smooth, p / mass.clamp(min=1e-300)[:, None], mass
+
+
+def oracle_ivpt(model, images):
+    """Evaluation of IVPT image by image from parameters alone."""
+    P = {k: v.double() for k, v in model.state_dict().items()}
+    state = {k.removeprefix("backbone."): v for k, v in P.items() if k.startswith("backbone.")}
+    after, depth, L, G = model.concepts[0].bias_after_softmax, len(model.backbone.blocks), len(model.prototypes), model.prototypes[-1] - 1
+    tokens, h, w = oracle_embed(images, state)
+    prefix, T = tokens.shape[1] - h * w, tokens.shape[1]
+    for i in range(depth - L + 1):
+        tokens = oracle_block(tokens, state, i)
+    attention, groups, fused = [], [], []
+    for l in range(L):
+        e = oracle_norm(tokens[:, prefix:], state, "norm")
+        found = [oracle_regions(x, P[f"concepts.{l}.prototypes"], P[f"concepts.{l}.bias"], after, l == L - 1) for x in e]
+        a, p, mass = (torch.stack(part) for part in zip(*found))
+        attention.append(a.unflatten(2, (h, w)))
+        if l == L - 1:
+            break
+        S = (p[:, :-1] @ P[f"fusions.{l}.grouping.weight"].T + P[f"fusions.{l}.grouping.bias"]).softmax(-1)
+        S[mass[:, :-1] == 0] = 1 / G
+        coarse = torch.einsum("bkg,bkd->bgd", S, p[:, :-1]) / S.sum(1)[..., None]
+        flat = coarse.flatten(1)
+        flat = (flat - flat.mean(1, keepdim=True)) / (flat.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+        y = flat.view_as(coarse) * P[f"fusions.{l}.norm.weight"] + P[f"fusions.{l}.norm.bias"]
+        head = f"fusions.{l}.head."
+        if head + "weight" in P:
+            y = y @ P[head + "weight"].T + P[head + "bias"]
+        else:
+            y = y @ P[head + "0.weight"].T + P[head + "0.bias"]
+            y = (y * 0.5 * (1 + torch.erf(y / 2 ** 0.5))) @ P[head + "2.weight"].T + P[head + "2.bias"]
+        tokens = oracle_block(torch.cat([tokens, y], 1), state, depth - L + 1 + l)[:, :T]
+        groups.append(S)
+        fused.append(torch.cat([torch.einsum("bkg,bkn->bgn", S, a[:, :-1]), a[:, -1:]], 1).unflatten(2, (h, w)))
+    flat = p.flatten(1)
+    z = ((flat - flat.mean(1, keepdim=True)) / (flat.var(1, keepdim=True, correction=0) + 1e-5).sqrt()).view_as(p)
+    z = z * P["norm.weight"] + P["norm.bias"]
+    concept_logits = z[:, :-1] @ P["classifier.weight"].T
+    return ivpt.Output(concept_logits.mean(1), concept_logits, attention, groups, fused, z)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ivpt_equals_the_equations(recipe, family):
+    model, images = tiny_ivpt(recipe, family), torch.randn(2, 3, 70, 70)
+    expected = oracle_ivpt(model, images)
+    with torch.no_grad():
+        out = model(images)
+    assert [A.shape[1] for A in out.attention] == list(PROTOTYPES) and out.features.shape == (2, 4, 128)
+    for name in ivpt.Output._fields:
+        ours, theirs = getattr(out, name), getattr(expected, name)
+        for a, b in zip(ours, theirs) if isinstance(ours, list) else [(ours, theirs)]:
+            # fp32 logits of size 100 go into an exponent: 1e-5 of them is 1e-3 of a share
+            torch.testing.assert_close(a.double(), b, atol=2e-3, rtol=2e-3, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_maps_sum_to_one_and_empty_regions_group_evenly():
+    model = tiny_ivpt()
+    with torch.no_grad():
+        model.concepts[1].prototypes[2] += 100.0  # nobody is near: an empty region
+        out = model(torch.randn(3, 3, 70, 70))
+    for A in [*out.attention, *out.fused]:
+        torch.testing.assert_close(A.sum(1), torch.ones(3, 5, 5), atol=1e-5, rtol=0)  # fp32 sums
+        assert A.min() > 0
+    assert torch.equal(out.groups[1][:, 2], torch.full((3, 3), 1 / 3))
+
+
+def test_evaluation_is_deterministic_and_training_samples_the_grouping():
+    model, images = tiny_ivpt(), torch.randn(2, 3, 70, 70)
+    with torch.no_grad():
+        assert torch.equal(model(images).logits, model(images).logits)
+        model.train()
+        first, second = model(images), model(images)
+    assert not torch.equal(first.groups[0], second.groups[0])
+    assert torch.equal(first.attention[0], second.attention[0])  # the first map sees no prompt
+
+
+def test_wrong_image_size_is_refused():
+    with pytest.raises(ValueError, match="grid of"):
+        tiny_ivpt()(torch.randn(1, 3, 98, 70))
+
+
+# ---------------------------------------------------------------- the losses, against the table written out
+
+def random_maps(K=4, B=3, h=6, w=5, seed=0):
+    return torch.randn(B, K, h, w, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).softmax(1)
+
+
+def pool3(A):
+    return torch.stack([torch.stack([A[..., y:y + 3, x:x + 3].mean((-1, -2)) for x in range(A.shape[-1] - 2)], -1)
+                        for y in range(A.shape[-2] - 2)], -2)
+
+
+def test_total_variation_presence_and_entropy():
+    A = random_maps()
+    B, K, h, w = A.shape
+    tv = sum((A[:, :, y + 1] - A[:, :, y]).abs().sum() for y in range(h - 1)) + sum(
+        (A[..., x + 1] - A[..., x]).abs().sum() for x in range(w - 1))
+    torch.testing.assert_close(train.total_variation(A), tv / (B * h * w))
+    best = [max(pool3(A)[b, k].max() for b in range(B)) for k in range(K - 1)]
+    torch.testing.assert_close(train.presence(A), 1 - sum(best) / (K - 1))
+    torch.testing.assert_close(train.entropy(A), -(A * A.log()).sum() / (B * h * w))
+
+
+def test_background_presence_is_the_bce_of_the_best_place_at_the_rim():
+    A = random_maps()
+    pooled = pool3(A)[:, -1]  # (B, 4, 3)
+    total = 0
+    for b in range(3):
+        best = max(pooled[b, i, j] * ((2 * i / 3 - 1) ** 2 + (j - 1) ** 2) / 2 for i in range(4) for j in range(3))
+        total += F.binary_cross_entropy(best, torch.ones_like(best))
+    torch.testing.assert_close(train.background_presence(A), total / 3)
+
+
+def test_region_consistency_is_kl_and_moves_the_fused_map_only():
+    final, fused = random_maps(seed=1).requires_grad_(), random_maps(seed=2).requires_grad_()
+    loss = train.region_consistency(final, fused)
+    expected = sum((final[b, :, y, x] * (final[b, :, y, x] / fused[b, :, y, x]).log()).sum()
+                   for b in range(3) for y in range(6) for x in range(5)) / (3 * 6 * 5)
+    torch.testing.assert_close(loss, expected, atol=1e-8, rtol=1e-8)  # eps 1e-10
+    loss.backward()
+    assert final.grad is None and fused.grad.abs().sum() > 0
+    assert train.region_consistency(final, final.detach()).abs() < 1e-12
+
+
+def test_equivariance_and_orthogonality():
+    A, back = random_maps(seed=1), random_maps(seed=2)
+    cosines = [(A[b, k] * back[b, k]).sum() / (A[b, k].norm() * back[b, k].norm()) for b in range(3) for k in range(3)]
+    torch.testing.assert_close(train.equivariance(A, back), 1 - sum(cosines) / 9)
+    Z = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    expected = sum((torch.dot(Z[b, i], Z[b, j]) / (Z[b, i].norm() * Z[b, j].norm()) - float(i == j)) ** 2
+                   for b in range(2) for i in range(4) for j in range(4)) / 32
+    torch.testing.assert_close(train.orthogonality(Z), expected)
+    logits, labels = torch.randn(3, 4), torch.tensor([0, 3, 1])
+    torch.testing.assert_close(train.classification(logits, labels),
+                               -sum(logits[i].log_softmax(0)[labels[i]] for i in range(3)) / 3)
+
+
+def reached(model, images, term, **more):
+    """Which parameters a loss reaches: names shortened to where they live."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(0)
+    losses, _ = train.Objective(model)(images, torch.tensor([0, 1]), torch.tensor([[0.8, -0.6, 0.1], [0.6, 0.8, 0.0]]))
+    losses[term].backward()
+    return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+
+
+def named(model, *patterns):
+    return {name for name, _ in model.named_parameters() if any(fnmatch.fnmatch(name, p) for p in patterns)}
+
+
+def test_gradient_stops():
+    """Which parameters each loss reaches; the stop-gradients of section 3, one by one."""
+    model, images = tiny_ivpt("paper").train(), torch.randn(2, 3, 70, 70)
+    maps, fusion = named(model, "concepts.*"), named(model, "fusions.*.norm.*", "fusions.*.head.*")
+    for term in ("total_variation", "presence", "background_presence", "entropy", "equivariance"):
+        found = reached(model, images, term)
+        assert found <= maps, term  # maps see the patches through sg: nothing but prototypes and biases
+        assert {n for n in found if "prototypes" in n} == named(model, "concepts.*.prototypes"), term
+    # grouping is learnt from L_con alone; the final map is its target, and does not move
+    assert reached(model, images, "region_consistency") == named(model, "concepts.[0-3].*", "fusions.*.grouping.*")
+    # classes reach the fusion heads through the prompts, but neither grouping nor the prototypes of prompted layers
+    head = named(model, "concepts.4.*", "norm.*", "classifier.*")
+    assert reached(model, images, "classification") == fusion | head
+    assert reached(model, images, "orthogonality") == fusion | head - {"classifier.weight"}
+    # the released recipe tunes tokens, which classes reach and the map losses do not
+    released, tokens = tiny_ivpt("released").train(), {"backbone.cls_token", "backbone.register_tokens", "backbone.pos_embed"}
+    assert tokens <= reached(released, images, "classification")
+    assert not tokens & reached(released, images, "entropy")
+
+
+def test_the_affine_view_needs_no_graph_of_the_backbone():
+    """backbone_graph=False: the same maps, and the same gradients of everything a map can reach."""
+    model, images, grads = tiny_ivpt("released"), torch.randn(2, 3, 70, 70), []
+    for graph in (True, False):
+        model.zero_grad(set_to_none=True)
+        out = model(images, backbone_graph=graph)
+        sum((A ** 2).sum() for A in out.attention).backward()
+        grads.append([p.grad for p in model.concepts.parameters()])
+        assert model.backbone.pos_embed.grad is None or model.backbone.pos_embed.grad.abs().max() == 0
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+CUB40 = SHARED / "data" / "CUB_200_2011"
+DOTS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0))
+
+
+# ---- helpers: a small data set in CUB's layout, with a coloured dot at every key point ------------------------------
+def write_cub(folder, sizes=((90, 60), (60, 90), (130, 100), (40, 40)), parts=True):
+    """Ids are neither contiguous nor in order; the first images are for training, the last is for testing."""
+    rng = np.random.default_rng(0)
+    lists = {name: [] for name in data.LISTS}
+    locations = []
+    for i, (width, height) in enumerate(sizes):
+        key, name = 17 - 3 * i, f"{i % 2:03d}.Class {i % 2}/image {i}.png"
+        image, (v, u) = np.full((height, width, 3), 110.0), np.mgrid[:height, :width] + 0.5     # centres of pixels
+        for m, colour in enumerate(DOTS):
+            x, y = (rng.uniform(0.15, 0.35, 2) + 0.5 * np.array((m % 2, m // 2))) * (width, height)
+            image += (4.5 - np.hypot(u - x, v - y)).clip(0, 1)[..., None] * (np.array(colour) - image)
+            locations.append(f"{key} {7 * m + 2} {x:.1f} {y:.1f} {int(m < 3 or i % 2)}")
+        (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.round().astype(np.uint8)).save(folder / "images" / name)
+        for table, text in zip(data.LISTS, (name, 5 * (i % 2) + 3, int(i < len(sizes) - 1), "10.5 8.25 20.7 16.9")):
+            lists[table].append(f"{key} {text}")
+    lists["classes.txt"] = ["3 000.Class 0", "8 001.Class 1"]
+    for name, rows in lists.items():
+        (folder / name).write_text("\n".join(rows) + "\n")
+    if parts:
+        (folder / "parts").mkdir()
+        (folder / "parts/parts.txt").write_text("2 beak\n9 left wing\n16 right wing\n23 tail\n")
+        (folder / "parts/part_locs.txt").write_text("\n".join(locations) + "\n")
+    return folder
+
+
+def assert_on_dots(dataset, margin, tolerance):
+    """Every visible key point that is `margin` inside the view has its dot's centre within `tolerance` pixels."""
+    checked, S = 0, dataset.image_size
+    centres = torch.arange(S) + 0.5
+    for image, _, points, _ in dataset:
+        pixels = data.denormalize(image).float()
+        for colour, (x, y, visible) in zip(DOTS, points.tolist()):
+            if visible and min(x, y, S - x, S - y) > margin:
+                weight = ((pixels - torch.tensor(colour)[:, None, None]).abs().amax(0) < 75).double()
+                seen = torch.stack((weight.sum(0) @ centres.double(), weight.sum(1) @ centres.double())) / weight.sum()
+                assert (seen - torch.tensor((x, y))).norm() < tolerance, (dataset.view, x, y, seen)
+                checked += 1
+    return checked
+
+
+# ---- the data set ----------------------------------------------------------------------------------------------------
+def test_data_layout_of_any_subset(tmp_path):
+    folder = write_cub(tmp_path)
+    train, test = data.CUB(folder, "train", "train", 32), data.CUB(folder, "test", "box", 32)
+    assert (len(train), len(test)) == (3, 1)
+    assert train.classes == ["000.Class 0", "001.Class 1"]
+    assert train.parts == ["beak", "left wing", "right wing", "tail"]
+    assert train.labels.tolist() == [0, 1, 0] and test.labels.tolist() == [1]
+    assert [f.name for f in train.files] == ["image 0.png", "image 1.png", "image 2.png"]
+    assert torch.allclose(train.boxes, torch.tensor([10.5, 8.25, 20.7, 16.9]).expand(3, 4))
+    assert train.keypoints.shape == (3, 4, 3) and train.keypoints[:, 3, 2].tolist() == [0, 1, 0]
+
+
+def test_data_parts_may_be_absent(tmp_path):
+    dataset = data.CUB(write_cub(tmp_path, parts=False), "test", "box", 32)
+    assert dataset.parts == [] and dataset.keypoints.shape == (1, 0, 3)
+    assert dataset[0][2].shape == (0, 3)
+
+
+@pytest.mark.skipif(not CUB40.is_dir(), reason="the 40 real CUB classes are not on this machine")
+def test_data_real_subset():
+    train, test = data.CUB(CUB40, "train", "train", 64), data.CUB(CUB40, "test", "box", 64)
+    assert (len(train), len(test), len(train.classes), len(train.parts)) == (1200, 1090, 40, 15)
+    image, label, points, index = test[700]
+    assert image.shape == (3, 64, 64) and image.dtype == torch.float32 and index == 700
+    assert train.labels.bincount().tolist() == [30] * 40
+    seen = test.keypoints[..., 2] > 0
+    inside = ((test.keypoints[..., :2] - test.boxes[:, None, :2]) / test.boxes[:, None, 2:])[seen]
+    assert ((inside > -0.05) & (inside < 1.05)).all(1).float().mean() > 0.99    # the annotators clicked on the bird
+
+
+def test_data_split_and_view_are_checked(tmp_path):
+    with pytest.raises(ValueError, match="expected train or test"):
+        data.CUB(write_cub(tmp_path), "val", "test", 32)
+
+
+# ---- views -----------------------------------------------------------------------------------------------------------
+def test_data_train_view_moves_keypoints_with_pixels(tmp_path):
+    for size, sizes in ((64, ((90, 70), (70, 96), (100, 100), (9, 9))), (120, ((90, 70), (70, 96), (64, 64), (9, 9)))):
+        folder = write_cub(tmp_path / str(size), sizes)
+        dataset, checked = data.CUB(folder, "train", "train", size), 0
+        for dataset.epoch in range(12):
+            # half a pixel of convention would show as 0.5 px or more; what is left is rounding to pixels and bytes
+            checked += assert_on_dots(dataset, margin=10, tolerance=0.35)
+        assert checked > 30
+        visible = torch.stack([points for _, _, points, _ in dataset])
+        outside = ((visible[..., :2] < 0) | (visible[..., :2] >= size)).any(-1)
+        assert outside.any() and (visible[..., 2][outside] == 0).all()
+
+
+def test_data_train_view_equals_the_steps_it_merges(tmp_path, monkeypatch):
+    dataset = data.CUB(write_cub(tmp_path, ((96, 64), (64, 64), (64, 96), (9, 9))), "train", "train", 64)
+    draws, uniform = {}, None
+    fake = SimpleNamespace(choice=lambda _: draws["flip"],
+                           integers=lambda low, high: np.minimum((20, 0), np.array(high) - 1),
+                           uniform=lambda low, high, n=None: draws["shift"] if n else next(uniform))
+    monkeypatch.setattr(np.random, "default_rng", lambda key: fake)
+    stored = [torch.from_numpy(np.array(data.read_image(f))).permute(2, 0, 1) for f in dataset.files]
+
+    def view(index, **changes):
+        nonlocal uniform
+        draws.update(dict(flip=1, turn=0.0, scale=1.0, shift=np.zeros(2)), **changes)
+        uniform = iter((draws["turn"], draws["scale"]))
+        return data.denormalize(dataset[index][0])
+
+    assert torch.equal(view(0), stored[0][:, :, 20:84])                              # the crop alone
+    assert torch.equal(view(0, flip=-1), stored[0].flip(2)[:, :, 20:84])             # flip, then crop
+    turned = view(1, turn=math.pi / 2).int() - stored[1].rot90(-1, (1, 2)).int()     # clockwise, as y points down
+    assert turned.abs().max() <= 1                                                   # Pillow cuts 61.99.. off to 61
+    moved = view(2, shift=np.array((10 / 64, 0)))
+    assert torch.equal(moved[:, :, 10:], stored[2][:, :64, :54]) and not moved[:, :, :10].any()  # black from outside
+    half = view(1, scale=0.5).float()                                                # about the centre
+    assert not half[:, :16].any() and (half[:, 17:47, 17:47] - F.avg_pool2d(stored[1].float(), 2)[:, 1:31, 1:31]
+                                       ).abs().max() <= 1  # bilinear at pixel corners, rounded
+
+
+def test_data_augmentation_ranges():
+    rng, S = np.random.default_rng(0), 100
+    matrices = np.stack([data.augmentation(150, 100, S, rng) for _ in range(4000)])
+    linear = matrices[:, :2, :2]
+    flips = np.sign(np.linalg.det(linear))
+    scales = np.sqrt(np.abs(np.linalg.det(linear)))
+    angles = np.degrees(np.arctan2(linear[:, 1, 0] * flips, linear[:, 0, 0] * flips))
+    centres = matrices[:, :2] @ (75, 50, 1) - (75, 50)                               # shift minus crop corner
+    x, y = centres.T
+    for values, low, high in ((scales, 0.8, 1.2), (angles, -90, 90), (x, -80, 30), (y, -20, 20)):
+        assert low <= values.min() < low + 0.06 * (high - low) and high - 0.06 * (high - low) < values.max() <= high
+    assert abs(flips.mean()) < 0.06  # four standard errors of 4000 coins
+    assert np.allclose(linear @ linear.transpose(0, 2, 1), scales[:, None, None] ** 2 * np.eye(2))
+
+
+def test_data_test_view_is_resize_and_centre_crop(tmp_path):
+    from torchvision.transforms import functional as T
+    dataset = data.CUB(write_cub(tmp_path, ((9, 9), (131, 90))), "test", "test", 64)
+    image, label, points, index = dataset[0]
+    expected = T.center_crop(T.resize(Image.open(dataset.files[0]), 64), 64)
+    assert torch.equal(data.denormalize(image), T.pil_to_tensor(expected))
+    assert assert_on_dots(dataset, margin=5, tolerance=0.35) > 0
+
+
+def test_data_box_view_follows_the_metric(tmp_path):
+    folder = write_cub(tmp_path)
+    dataset = data.CUB(folder, "test", "box", 48)  # image 40 x 40, box 10.5 8.25 20.7 16.9
+    image, _, points, _ = dataset[0]
+    expected = data.read_image(dataset.files[0]).crop((10, 8, 31, 25)).resize((48, 48), Image.Resampling.BILINEAR)
+    assert torch.equal(data.denormalize(image), torch.from_numpy(np.array(expected)).permute(2, 0, 1))
+    for (x, y, seen), (u, v, visible) in zip(dataset.keypoints[0].tolist(), points.tolist()):
+        assert (u, v, visible) == (math.trunc(224 * (x - 10) / 21), math.trunc(224 * (y - 8) / 17), seen)
+
+
+@pytest.mark.parametrize("box, corners", [("-7.5 -3 30 20", (0, 0, 22, 17)), ("30.2 35 80 80.9", (30, 35, 40, 40)),
+                                          ("12 13 0 0", (12, 13, 13, 14)), ("39.9 39.9 0.05 9", (39, 39, 40, 40)),
+                                          ("60 70 5 5", (39, 39, 40, 40)), ("10.3 0 0.7 1", (10, 0, 11, 1))])
+def test_data_boxes_that_overrun_or_are_empty(tmp_path, box, corners):
+    folder = write_cub(tmp_path)
+    (folder / "bounding_boxes.txt").write_text("\n".join(f"{key} {box}" for key in (17, 14, 11, 8)))
+    dataset = data.CUB(folder, "test", "box", 16)                                    # its image is 40 x 40
+    expected = data.read_image(dataset.files[0]).crop(corners).resize((16, 16), Image.Resampling.BILINEAR)
+    image, _, points, _ = dataset[0]
+    assert torch.equal(data.denormalize(image), torch.from_numpy(np.array(expected)).permute(2, 0, 1))
+    assert points.isfinite().all()
+
+
+# ---- the augmentation is a function of (seed, epoch, index) ----------------------------------------------------------
+def test_data_augmentation_does_not_depend_on_workers_or_cache(tmp_path, monkeypatch):
+    folder, pictures = write_cub(tmp_path), {}
+    for name, seed, epoch, workers, cache in (
+            ("plain", 3, 5, 0, 0), ("cached", 3, 5, 0, 1 << 30), ("workers", 3, 5, 2, 1 << 30),
+            ("epoch", 3, 6, 0, 1 << 30), ("seed", 4, 5, 0, 1 << 30)):
+        monkeypatch.setattr(data, "CACHE_BYTES", cache)
+        dataset = data.CUB(folder, "train", "train", 32, seed)
+        assert (dataset.cache is None) == (cache == 0)
+        for dataset.epoch in (epoch, epoch):                                         # the second time from the cache
+            loader = torch.utils.data.DataLoader(dataset, 3, num_workers=workers)
+            (images, labels, points, indices), = loader
+        pictures[name] = images
+        assert indices.tolist() == [0, 1, 2]
+    assert torch.equal(pictures["plain"], pictures["cached"]) and torch.equal(pictures["plain"], pictures["workers"])
+    assert all((pictures["plain"] - pictures[other]).abs().amax((1, 2, 3)).min() > 0.5 for other in ("epoch", "seed"))
+
+
+def test_data_workers_fill_one_cache(tmp_path, monkeypatch):
+    dataset = data.CUB(write_cub(tmp_path), "train", "train", 32)
+    first = [image for image, *_ in torch.utils.data.DataLoader(dataset, num_workers=2)]
+    monkeypatch.setattr(data, "read_image", lambda path: pytest.fail("decoded twice"))
+    assert all(torch.equal(a, b[0]) for (a, *_), b in zip(dataset, first))  # this process finds the workers' pixels
+    copy = pickle.loads(pickle.dumps(dataset))                                       # what a spawned worker would get
+    assert copy.cache is None and len(pickle.dumps(dataset)) < 10_000
+
+
+# ---- reading images --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("mode, suffix", [("L", "png"), ("CMYK", "jpg"), ("RGBA", "png"), ("LA", "png"), ("P", "png"),
+                                          ("1", "png"), ("I;16", "png"), ("L", "jpg"), ("RGB", "webp")])
+def test_data_every_kind_of_image_becomes_rgb(tmp_path, mode, suffix):
+    ramp = np.linspace(0, 255, 40).astype(np.uint8)[None].repeat(30, 0)
+    image = Image.fromarray(ramp.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(ramp).convert(mode)
+    image.save(tmp_path / f"x.{suffix}")
+    read = data.read_image(tmp_path / f"x.{suffix}")
+    assert read.mode == "RGB" and read.size == (40, 30)
+    error = np.abs(np.asarray(read).astype(int) - ramp[..., None])
+    assert error.mean() < (90 if mode == "1" else 3)  # JPEG and palette rounding; dithering
+
+
+def test_data_exif_rotation_is_ignored(tmp_path):
+    image = Image.new("RGB", (40, 30))
+    exif = image.getexif()
+    exif[0x0112] = 6                                                                 # "turn by 90 degrees"
+    image.save(tmp_path / "x.jpg", exif=exif)
+    assert data.read_image(tmp_path / "x.jpg").size == (40, 30)
+
+
+def test_data_one_pixel_images(tmp_path):
+    folder = write_cub(tmp_path, ((1, 1), (1, 1), (1, 7), (1, 1)))
+    for split, view in itertools.product(("train", "test"), ("train", "test", "box")):
+        image, _, points, _ = data.CUB(folder, split, view, 28)[-1]
+        assert image.shape == (3, 28, 28) and image.isfinite().all() and points.isfinite().all()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "html", "gone"])
+def test_data_unreadable_image_is_named_in_one_line(tmp_path, damage):
+    dataset = data.CUB(write_cub(tmp_path), "test", "test", 28)
+    file, content = dataset.files[0], dataset.files[0].read_bytes()
+    file.unlink()
+    if damage != "gone":
+        file.write_bytes({"truncated": content[:len(content) // 2], "empty": b"", "html": b"<html>no</html>"}[damage])
+    with pytest.raises(ValueError) as caught:
+        dataset[0]
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_data_normalize_and_back():
+    pixels = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
+    mean, std = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))
+    expected = (pixels.numpy().transpose(0, 2, 3, 1) / 255 - mean) / std
+    assert np.allclose(data.normalize(pixels).numpy().transpose(0, 2, 3, 1), expected, atol=1e-5)     # fp32 rounding
+    assert torch.allclose(data.normalize(pixels / 255), data.normalize(pixels), atol=1e-5)
+    assert torch.equal(data.denormalize(data.normalize(pixels)), pixels)
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("damage, words", [
+    (lambda f: os.rename(f, f"{f}.away"), "images.txt is missing"),
+    (lambda f: (f / "classes.txt").unlink(), "classes.txt is missing"),
+    (lambda f: (f / "images/001.Class 1/image 1.png").unlink(), "image 1.png is missing"),
+    (lambda f: (f / "bounding_boxes.txt").write_text("17 1 2 3\n"), "bounding_boxes.txt"),
+    (lambda f: (f / "bounding_boxes.txt").write_text("17 1 2 3 4\n"), "at '14'"),
+    (lambda f: (f / "bounding_boxes.txt").write_text("17 1 2 3 x\n"), "'x'"),
+    (lambda f: (f / "images.txt").write_bytes(b"\xff\xfe\x00"), "images.txt"),
+    (lambda f: (f / "image_class_labels.txt").write_text("17 4\n14 3\n11 3\n8 3\n"), "at '4'"),
+    (lambda f: (f / "parts/part_locs.txt").write_text("17 99 1 1 1\n"), "at '99'"),
+    (lambda f: (f / "parts/part_locs.txt").unlink(), "part_locs.txt"),
+    (lambda f: (f / "train_test_split.txt").write_text("17 0\n14 0\n11 0\n8 0\n"), "no image for training")])
+def test_data_a_damaged_folder_is_one_clear_line(tmp_path, damage, words):
+    folder = write_cub(tmp_path / "CUB_200_2011")
+    damage(folder)
+    with pytest.raises((ValueError, OSError)) as caught:
+        data.CUB(folder, "train", "train", 28)
+    assert words in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_data_find(tmp_path):
+    folder = write_cub(tmp_path / "CUB_200_2011")
+    assert data.find("cub", tmp_path) == folder == data.find("cub", folder)
+    with pytest.raises(ValueError, match="--data cap"):
+        data.find("cap", tmp_path)
+    (folder / "classes.txt").unlink()  # a half folder, no archive: hands off
+    with pytest.raises(FileNotFoundError, match="classes.txt is missing.*CUB_200_2011.tgz into"):
+        data.find("cub", tmp_path)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["CUB_200_2011"]
+
+
+# ---- the affine view -------------------------------------------------------------------------------------------------
+def smooth(S, dtype=torch.float32):
+    axis = torch.linspace(-1, 1, S + 1, dtype=dtype)[1:] - 1 / S
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    hill = torch.exp(-4 * ((x - 0.2) ** 2 + (y + 0.1) ** 2))
+    return torch.stack((hill, 0.5 * hill))[None]
+
+
+def test_data_affine_is_seeded_and_in_range():
+    thetas = torch.stack([data.sample_affine(torch.Generator().manual_seed(s)) for s in range(3000)])
+    assert torch.equal(thetas[7], data.sample_affine(torch.Generator().manual_seed(7)))
+    scales = torch.linalg.det(thetas[:, :, :2]).sqrt()
+    angles = torch.rad2deg(torch.atan2(thetas[:, 1, 0], thetas[:, 0, 0]))
+    for values, bound in ((scales - 1.1, 0.3), (angles, 90), (thetas[:, :, 2], 0.22)):
+        assert 0.98 * bound < values.max() <= bound * 1.0001 and -bound * 1.0001 <= values.min() < -0.98 * bound
+    assert not torch.equal(data.sample_affine(), data.sample_affine())
+
+
+def test_data_warp_moves_points_by_theta_and_unwarp_brings_them_back():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        theta, image = data.sample_affine(generator), smooth(96, torch.float64)
+        warped = data.warp(image, theta)
+        y, x = divmod(int(warped[0, 0].argmax()), 96)
+        target = theta[:, :2] @ torch.tensor((0.2, -0.1)) + theta[:, 2]              # where the summit should be
+        assert (torch.tensor((x + 0.5, y + 0.5)) / 48 - 1 - target).abs().max() < 0.75 / 48  # half a pixel, rounded
+        back, inner = data.unwarp(warped, theta), data.unwarp(data.warp(torch.ones_like(image), theta), theta) > 0.999
+        assert inner.float().mean() > 0.3
+        assert (back - image)[inner].abs().max() < 5e-3                              # interpolated twice at 96 pixels
+    assert torch.allclose(data.warp(image, torch.eye(2, 3)), image, rtol=0, atol=1e-12)
+
+
+def test_data_unwarp_has_a_gradient_and_zeros_outside():
+    maps = torch.ones(2, 3, 8, 8, requires_grad=True)
+    theta = torch.tensor(((1.0, 0, 0.5), (0, 1.0, 0)))  # a quarter of the side to the right
+    back = data.unwarp(maps, theta)
+    assert torch.equal(back, (torch.arange(8) < 6).float().expand(2, 3, 8, 8))
+    back.sum().backward()
+    assert torch.equal(maps.grad, (torch.arange(8) >= 2).float().expand(2, 3, 8, 8))
+
+
+# ---- the toy birds ---------------------------------------------------------------------------------------------------
+@pytest.fixture
+def few_birds(monkeypatch):
+    monkeypatch.setattr(data, "TOY", {**data.TOY, "train": 3, "test": 2})
+
+
+def test_data_toy_no_part_gives_a_species_away():
+    codes = np.array([[int(digit) for digit in code] for code in data.TOY_SPECIES.values()])
+    assert codes.shape == (10, len(data.TOY_LOOKS))
+    for column, looks in zip(codes.T, data.TOY_LOOKS.values()):
+        assert np.bincount(column, minlength=len(looks)).min() >= 3  # every look in three species or more
+    assert min((a != b).sum() for a, b in itertools.combinations(codes, 2)) >= 5
+
+
+def test_data_toy_is_cub_and_deterministic(tmp_path, few_birds, monkeypatch):
+    first, second = data.find("toy", tmp_path / "a"), data.find("toy", tmp_path / "b")
+    files = sorted(f.relative_to(first) for f in first.rglob("*") if f.is_file())
+    assert len(files) == 50 + 7 and all((first / f).read_bytes() == (second / f).read_bytes() for f in files)
+    train, test = data.CUB(first, "train", "train", 128), data.CUB(first, "test", "test", 128)
+    assert (len(train), len(test), len(train.classes), train.parts) == (30, 20, 10, list(data.TOY_LOOKS))
+    assert train.labels.bincount().tolist() == [3] * 10 and test.labels.bincount().tolist() == [2] * 10
+    for dataset in (train, test):
+        x, y, w, h = dataset.boxes.T[..., None]
+        u, v, seen = dataset.keypoints.unbind(-1)
+        assert ((u > x) & (u < x + w) & (v > y) & (v < y + h)).all()  # parts lie in the box, it in the image
+        assert (dataset.boxes[:, :2] >= 0).all() and (dataset.boxes[:, :2] + dataset.boxes[:, 2:] <= 128.1).all()
+        assert 0.8 < seen.mean() < 1                                                 # some are hidden
+    monkeypatch.setattr(data, "draw_toy", lambda folder: pytest.fail("drawn twice"))
+    assert data.find("toy", tmp_path / "a") == first
+    monkeypatch.setitem(data.TOY, "tilt", 10)                                        # another drawing is another folder
+    with pytest.raises(pytest.fail.Exception):
+        data.find("toy", tmp_path / "a")
+
+
+def test_data_toy_keypoints_lie_on_their_parts(monkeypatch):
+    monkeypatch.setattr(data, "TOY", {**data.TOY, "occluded": 0, "light": 0})
+    for c, code in enumerate(data.TOY_SPECIES.values()):
+        image, box, points = data.toy_image(code, np.random.default_rng((c, 1)))
+        pixels = np.asarray(image).astype(float)
+        for (part, looks), digit, (x, y, seen) in zip(data.TOY_LOOKS.items(), code, points):
+            near = pixels[max(0, round(y) - 5):round(y) + 5, max(0, round(x) - 5):round(x) + 5].reshape(-1, 3)
+            assert seen and np.abs(near - looks[int(digit)]).max(1).min() < 60, (code, part)   # tint, slope and shade
+
+
+def test_data_toy_place_alone_is_not_enough(few_birds, monkeypatch):
+    """In the box's frame no fixed spot is within the metric's 36 pixels of a part in four images of five."""
+    rng, frames = np.random.default_rng(0), []
+    for code in list(data.TOY_SPECIES.values()) * 30:
+        shapes, points = data.bird(code, rng)
+        tilt, mirror = rng.uniform(-data.TOY["tilt"], data.TOY["tilt"]), rng.choice((-1, 1))
+        outline = np.concatenate([outline for outline, _ in shapes])
+        outline, points = (data.rotate(p, (0, 0), tilt) * (mirror, 1) for p in (outline, points))
+        low, high = outline.min(0), outline.max(0)
+        frames.append(224 * (points - low) / (high - low))
+    spots = np.stack(np.meshgrid(np.arange(8, 224, 16), np.arange(8, 224, 16)), -1).reshape(-1, 1, 1, 2)
+    hits = (np.abs(np.stack(frames) - spots) <= 36).all(-1).mean(1)                  # (196 spots, 8 parts)
+    assert hits.max() < 0.85 and np.median(hits.max(0)) < 0.5
+
+
+# ---- downloads -------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def serving(body, *moods):
+    """A loopback server with one mood a request, the last one for ever; yields its address and the Ranges asked for."""
+    moods, asked = list(moods or ("good",)), []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            mood = moods.pop(0) if len(moods) > 1 else moods[0]
+            asked.append(self.headers.get("Range"))
+            start = int(asked[-1][6:-1]) if asked[-1] and mood != "ignores range" else 0
+            content = b"<!DOCTYPE html><p>Please log in" if mood == "html" else body[start:]
+            self.send_response({"gone": 404}.get(mood, 416 if start > len(body) else 206 if start else 200))
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[:len(content) * 6 // 10] if mood == "cut" else content)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/file.tgz", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+BODY = np.random.default_rng(0).bytes(1_000_000)
+MD5 = hashlib.md5(BODY).hexdigest()
+
+
+@pytest.mark.parametrize("moods, part, asked", [
+    (["good"], b"", [None]),
+    (["cut", "good"], b"", [None, "bytes=600000-"]),
+    (["cut", "ignores range"], b"", [None, "bytes=600000-"]),
+    (["good"], BODY[:999_999], ["bytes=999999-"]),                                   # a part from an earlier run
+    (["good"], BODY + b"more", ["bytes=1000004-", None]),                            # one that is too long
+    (["good"], b"x" * 10, ["bytes=10-", None]),                                      # one of something else
+    (["html", "good"], b"", [None, None])])
+def test_data_download_mends(tmp_path, moods, part, asked):
+    if part:
+        (tmp_path / "f.tgz.part").write_bytes(part)
+    with serving(BODY, *moods) as (url, ranges):
+        path = data.download(url, tmp_path / "f.tgz", size=len(BODY), md5=MD5, pause=0)
+        assert path.read_bytes() == BODY and ranges == asked
+        data.download(url, path, size=len(BODY), md5=MD5)                            # it is there: nobody is asked
+        assert ranges == asked
+    assert not (tmp_path / "f.tgz.part").exists()
+
+
+@pytest.mark.parametrize("mood, requests, words", [("cut", 3, "cut off"), ("html", 3, "web page"), ("gone", 1, "404")])
+def test_data_download_gives_up_and_says_what_to_do(tmp_path, mood, requests, words):
+    with serving(BODY, mood) as (url, ranges):
+        with pytest.raises(OSError, match=words) as caught:
+            data.download(url, tmp_path / "f.tgz", md5=MD5, attempts=3, pause=0)
+    assert len(ranges) == requests and f"put it at {tmp_path / 'f.tgz'}" in str(caught.value)
+    assert not (tmp_path / "f.tgz").exists() and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [dict(size=len(BODY) + 1), dict(md5="0" * 32)])
+def test_data_download_of_the_wrong_file_is_refused(tmp_path, wrong):
+    with serving(BODY) as (url, _), pytest.raises(OSError, match="expected"):
+        data.download(url, tmp_path / "f.tgz", **wrong, attempts=2, pause=0)
+    assert not (tmp_path / "f.tgz").exists() and not (tmp_path / "f.tgz.part").exists()
+    (tmp_path / "f.tgz").write_bytes(BODY)  # put there by hand, never removed by us
+    with pytest.raises(ValueError, match="f.tgz: .*expected"):
+        data.download("http://127.0.0.1:9/", tmp_path / "f.tgz", **wrong)
+    assert (tmp_path / "f.tgz").read_bytes() == BODY
+
+
+def test_data_download_looks_at_the_free_space_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: SimpleNamespace(free=999_999))
+    with serving(BODY) as (url, _), pytest.raises(ValueError, match="GB free"):
+        data.download(url, tmp_path / "f.tgz", pause=0)
+    assert not (tmp_path / "f.tgz.part").exists()
+
+
+def test_data_no_place_to_write_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write there.*--data-root"):
+        data.find("toy", tmp_path / "file" / "below")
+
+
+# ---- archives --------------------------------------------------------------------------------------------------------
+def pack(path, source=None, extra=()):
+    """A .tgz of `source` as CUB_200_2011/, with further members (name, type, target) that mean harm."""
+    with tarfile.open(path, "w:gz") as tar:
+        if source:
+            tar.add(source, "CUB_200_2011")
+        for name, kind, target in extra:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, content = kind, target, b"" if target else b"harm"
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path.read_bytes()
+
+
+@pytest.fixture
+def served_cub(tmp_path, monkeypatch):
+    """(folder of the original, data root, archive's bytes); the official address and sum stand for the archive."""
+    original = write_cub(tmp_path / "original")
+    content = pack(tmp_path / "made.tgz", original)
+    monkeypatch.setattr(data, "CUB_MD5", hashlib.md5(content).hexdigest())
+    return original, tmp_path / "root", content
+
+
+def same(a, b):
+    files = [sorted(f.relative_to(x) for f in x.rglob("*") if f.is_file()) for x in (a, b)]
+    return files[0] == files[1] and all((a / f).read_bytes() == (b / f).read_bytes() for f in files[0])
+
+
+def test_data_find_downloads_verifies_and_unpacks(served_cub, monkeypatch):
+    original, root, content = served_cub
+    with serving(content, "cut", "good") as (url, asked):
+        monkeypatch.setattr(data, "CUB_URL", url)
+        folder = data.find("cub", root)
+        assert folder == root / "CUB_200_2011" and same(folder, original)
+        assert data.find("cub", root) == folder and len(asked) == 2
+    assert not [f.name for f in root.iterdir() if f.name.endswith((".new", ".part"))]
+
+
+def test_data_half_folder_is_mended_from_the_archive(served_cub):
+    original, root, content = served_cub
+    folder = write_cub(root / "CUB_200_2011")
+    (root / "CUB_200_2011.tgz").write_bytes(content)                                 # a mirror: put there by hand
+    (folder / "images.txt").unlink()
+    (folder / "images/001.Class 1/image 1.png").write_bytes(b"half")
+    (folder / "mine.txt").write_text("keep me")
+    assert data.find("cub", root) == folder and (folder / "mine.txt").read_text() == "keep me"
+    (folder / "mine.txt").unlink()
+    assert same(folder, original)
+
+
+@pytest.mark.parametrize("name, kind, target", [
+    ("CUB_200_2011/../../outside", tarfile.REGTYPE, ""), ("../outside", tarfile.REGTYPE, ""),
+    ("CUB_200_2011/link", tarfile.SYMTYPE, "/etc"), ("CUB_200_2011/link", tarfile.SYMTYPE, "images.txt"),
+    ("CUB_200_2011/link", tarfile.LNKTYPE, "../../outside"), ("CUB_200_2011/pipe", tarfile.FIFOTYPE, ""),
+    ("CUB_200_2011/disk", tarfile.BLKTYPE, "")])
+def test_data_harmful_archives_are_refused(served_cub, monkeypatch, name, kind, target):
+    original, root, _ = served_cub
+    root.mkdir()
+    content = pack(root / "CUB_200_2011.tgz", original, [(name, kind, target)])
+    monkeypatch.setattr(data, "CUB_MD5", hashlib.md5(content).hexdigest())
+    before = sorted(root.parent.iterdir())
+    with pytest.raises(ValueError, match="not a sound archive"):
+        data.find("cub", root)
+    assert sorted(root.parent.iterdir()) == before and not (root / "CUB_200_2011").exists()
+
+
+def test_data_absolute_paths_stay_inside(tmp_path):
+    target = tmp_path / "outside"
+    pack(tmp_path / "x.tgz", extra=[(str(target), tarfile.REGTYPE, "")])
+    (tmp_path / "in").mkdir()
+    data.unpack(tmp_path / "x.tgz", tmp_path / "in", "CUB_200_2011/")
+    assert not target.exists() and (tmp_path / "in" / str(target).lstrip("/")).read_bytes() == b"harm"
+
+
+@pytest.mark.parametrize("damage", [lambda c: c[:len(c) // 2], lambda c: b"", lambda c: b"no archive at all" * 9,
+                                    lambda c: c[:300] + bytes(50) + c[350:]])
+def test_data_broken_archives_leave_nothing(served_cub, monkeypatch, damage):
+    _, root, content = served_cub
+    root.mkdir()
+    (root / "CUB_200_2011.tgz").write_bytes(damage(content))
+    with pytest.raises(ValueError, match="MD5"):                                     # the sum alone would do
+        data.find("cub", root)
+    monkeypatch.setattr(data, "CUB_MD5", None)
+    with pytest.raises(ValueError, match="not a sound archive|not in CUB's layout"):
+        data.find("cub", root)
+    assert not (root / "CUB_200_2011").exists() and not list(root.glob("*.new"))
+
+
+def find_in_process(url, md5, root, barrier, queue):
+    def download(*args, original=data.download, **options):
+        barrier.wait(30)                                    # both have seen that nothing is there
+        original(*args, **options)
+
+    def unpack(*args, original=data.unpack):
+        with open(f"{root}.unpacked", "a") as file:
+            file.write("once ")
+        original(*args)
+
+    data.CUB_URL, data.CUB_MD5, data.download, data.unpack = url, md5, download, unpack
+    queue.put(str(data.find("cub", root)))
+
+
+def test_data_two_processes_download_and_unpack_once(served_cub):
+    original, root, content = served_cub
+    context = multiprocessing.get_context("fork")
+    queue, barrier = context.Queue(), context.Barrier(2)
+    with serving(content) as (url, asked):
+        workers = [context.Process(target=find_in_process, args=(url, data.CUB_MD5, root, barrier, queue))
+                   for _ in range(2)]
+        for worker in workers:
+            worker.start()
+        found = {queue.get(timeout=30) for _ in workers}
+        for worker in workers:
+            worker.join(30)
+    assert found == {str(root / "CUB_200_2011")} and [w.exitcode for w in workers] == [0, 0]
+    assert len(asked) == 1 and same(root / "CUB_200_2011", original)
+    assert Path(f"{root}.unpacked").read_text() == "once "
+
+
+def test_data_a_killed_process_leaves_no_lock_and_no_rubbish(tmp_path, few_birds):
+    def draw_and_hang(folder):
+        (folder / "images").mkdir()
+        ready.set()
+        signal.pause()
+
+    context = multiprocessing.get_context("fork")
+    ready, folder = context.Event(), tmp_path / "toy"
+    worker = context.Process(target=data.build, args=(folder, draw_and_hang))
+    worker.start()
+    assert ready.wait(30) and (tmp_path / ".toy.new/images").is_dir() and not folder.exists()
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join(30)
+    data.build(folder, data.draw_toy)
+    assert len(data.CUB(folder, "test", "box", 28)) == 20 and not (tmp_path / ".toy.new").exists()
+
+
+def test_data_script_describes_and_draws_a_sheet(tmp_path, few_birds, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["data.py", "--data-root", str(tmp_path), "--sheet", str(tmp_path / "birds.png")])
+    data.main()
+    assert "30 + 20 images, 10 classes" in capsys.readouterr().out
+    assert Image.open(tmp_path / "birds.png").width > 1280
+
+
+# ---------------------------------------------------------------- training, as a user runs it
+
+FEW_BIRDS = ["--data", "cub", "--weights", "toy", "--tune", "all", "--image-size", "56", "--workers", "0", "--no-amp"]
+
+
+@pytest.fixture(scope="module")
+def bird_root(tmp_path_factory):
+    """8 + 2 birds of each toy species, drawn once, as a --data-root: anybody's data in CUB's layout."""
+    root = tmp_path_factory.mktemp("birds")
+    (root / "CUB_200_2011").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "TOY", dict(data.TOY, train=8, test=2))
+        data.draw_toy(root / "CUB_200_2011")
+    return root
+
+
+def options(root, out, *more):
+    return train.parse([*FEW_BIRDS, "--data-root", str(root), "--out", str(out), "--epochs", "2", "--device", "cpu", *map(str, more)])
+
+
+def parameters(run):
+    return torch.load(run / "last.pt", weights_only=True)["model"]
+
+
+def log_of(run):
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (run / "log.jsonl").open()]
+
+
+def ivpt_command(script, *arguments, **more):
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True, timeout=240,
+                          env=dict(os.environ, OMP_NUM_THREADS="1"), **more)
+
+
+def one_line_error(result, *says):
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    for text in says:
+        assert text in lines[0], lines[0]
+
+
+def test_a_run_leaves_what_it_says_and_resumes_bit_for_bit(bird_root, tmp_path, capsys):
+    """2 + 2 epochs equal 4: parameters, losses, and the metrics that follow from them."""
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    metrics = train.train(options(bird_root, straight, "--epochs", 4))
+    train.train(options(bird_root, halves, "--epochs", 2))
+    resumed = train.train(options(bird_root, halves, "--epochs", 4, "--resume"))
+    assert "python evaluate.py --ckpt" in capsys.readouterr().out.splitlines()[-1]
+    assert all(torch.equal(a, b) for a, b in zip(parameters(straight).values(), parameters(halves).values()))
+    assert log_of(straight) == log_of(halves) and len(log_of(straight)) == 4
+    assert metrics == resumed == json.loads((straight / "metrics.json").read_text())
+    assert json.loads((straight / "config.json").read_text())["epochs"] == 4
+    assert {"classification", "equivariance", "loss", "train_accuracy"} <= set(log_of(straight)[0])
+    with pytest.raises(ValueError, match="holds a run already"):
+        train.train(options(bird_root, halves))
+    with pytest.raises(ValueError, match="seed 42, now 7"):
+        train.train(options(bird_root, halves, "--resume", "--seed", 7))
+
+
+def test_stopped_in_mid_epoch_and_resumed_is_as_if_never_stopped(bird_root, tmp_path, monkeypatch):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    train.train(options(bird_root, straight, "--epochs", 1))
+    affine, calls = data.sample_affine, []
+
+    def terminate_at_the_third(*generator):
+        calls.append(0)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return affine(*generator)
+    monkeypatch.setattr(data, "sample_affine", terminate_at_the_third)
+    assert train.train(options(bird_root, stopped, "--epochs", 1)) == 3
+    assert torch.load(stopped / "last.pt", weights_only=True)["step"] == 3  # the step was finished, then saved
+    train.train(options(bird_root, stopped, "--epochs", 1, "--resume"))
+    assert all(torch.equal(a, b) for a, b in zip(parameters(straight).values(), parameters(stopped).values()))
+    assert log_of(straight) == log_of(stopped)
+
+
+def test_accumulated_parts_sum_to_the_batch(bird_root, tmp_path):
+    """No loss but presence mixes images of a batch; without it, two parts of 8 give the gradient of one batch of 16."""
+    o = options(bird_root, tmp_path)
+    model = ivpt.build(asdict(o), 10).eval()  # eval: no Gumbel noise
+    images, labels, theta = torch.randn(4, 3, 56, 56), torch.arange(4), torch.tensor([[1.0, 0, 0], [0, 1, 0]])
+    grads = []
+    for parts in (1, 2):
+        model.zero_grad()
+        for i, l in zip(images.chunk(parts), labels.chunk(parts)):
+            losses, _ = train.Objective(model)(i, l, theta)
+            (sum(v for k, v in losses.items() if k != "presence") / parts).backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)  # fp32, sums in another order
+
+
+def test_a_non_finite_loss_takes_no_step_and_stops_the_run(bird_root, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    train.train(options(bird_root, run, "--epochs", 1))
+    before = (run / "last.pt").read_bytes()
+    monkeypatch.setattr(train, "entropy", lambda A: A.sum() * float("nan"))
+    assert train.train(options(bird_root, run, "--resume")) == 4
+    assert (run / "last.pt").read_bytes() == before
+    error = capsys.readouterr().err
+    assert error.count("step left out") == 3 and ".jpg" in error and "last good state" in error
+
+
+def test_a_killed_or_failing_save_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    train.save(path, {"epoch": 1})
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left.*the one before it stands"):
+        train.save(path, {"epoch": 2})
+    assert torch.load(path, weights_only=True) == {"epoch": 1} and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+    child = multiprocessing.get_context("fork").Process(target=killed_while_saving, args=(path,))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    assert torch.load(path, weights_only=True) == {"epoch": 1}
+    monkeypatch.undo()
+    train.save(path, {"epoch": 3})  # what the killed one left is no obstacle
+    assert torch.load(path, weights_only=True) == {"epoch": 3}
+
+
+def killed_while_saving(path):
+    os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)  # the file is written, not yet in place
+    train.save(path, {"epoch": 2})
+
+
+@pytest.mark.parametrize("recipe", ["paper", "released"])
+def test_one_step_of_each_recipe_trains_what_it_should(recipe, bird_root, tmp_path):
+    o = options(bird_root, tmp_path, "--recipe", recipe, "--tune", "none" if recipe == "paper" else "tokens")
+    model = ivpt.build(asdict(o), 10).train()
+    optimizer, _ = train.make_optimizer(model, o)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    losses, _ = train.Objective(model)(torch.randn(2, 3, 56, 56), torch.tensor([0, 1]), data.sample_affine())
+    sum(losses.values()).backward()
+    optimizer.step()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    frozen = {n for n in before if n.startswith("backbone.")} - (
+        {"backbone.cls_token", "backbone.pos_embed"} if recipe == "released" else set())
+    assert moved == set(before) - frozen
+    rates = {n: g["lr"] for g in optimizer.param_groups for n, p in model.named_parameters() if any(p is q for q in g["params"])}
+    assert rates["classifier.weight"] == rates["norm.weight"] == rates["fusions.0.grouping.weight"] == 1e-2
+    assert rates["concepts.0.prototypes"] == 2e-4 and rates["concepts.0.bias"] == (2e-5 if recipe == "paper" else 2e-4)
+
+
+def test_learning_rates_follow_the_batch_and_halve_every_four_epochs(bird_root, tmp_path):
+    o = options(bird_root, tmp_path, "--batch-size", 64)
+    optimizer, scheduler = train.make_optimizer(ivpt.build(asdict(o), 10), o)
+    rates = []
+    for _ in range(9):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == [2e-2] * 4 + [1e-2] * 4 + [5e-3]
+
+
+def test_every_image_has_its_turn_on_one_rank(bird_root, tmp_path):
+    o, images = options(bird_root, tmp_path, "--accumulate", 2), range(80)
+    ranks = [train.epoch_batches(images, o, 3, rank, 2) for rank in range(2)]
+    alone = train.epoch_batches(images, options(bird_root, tmp_path), 3, 0, 1)
+    assert ranks[0].shape == (5, 2, 4)
+    for step in range(5):  # the same images in every step, however many processes share it
+        assert sorted([*ranks[0][step].flatten().tolist(), *ranks[1][step].flatten().tolist()]) == sorted(alone[step].flatten().tolist())
+    assert sorted(alone.flatten().tolist()) == list(images)
+    assert not torch.equal(alone, train.epoch_batches(images, options(bird_root, tmp_path), 4, 0, 1))
+
+
+# ---------------------------------------------------------------- the scripts, from the shell
+
+def test_scripts_end_to_end(bird_root, tmp_path):
+    """train.py, then the very command it prints, then --resume of a finished run."""
+    more = [*FEW_BIRDS, "--data-root", bird_root, "--epochs", "1", "--batch-size", "32", "--out", tmp_path / "run"]
+    result = ivpt_command("train.py", *more)
+    assert result.returncode == 0, result.stderr
+    command = result.stdout.strip().splitlines()[-1].split()
+    assert command[:2] == ["python", "evaluate.py"]
+    metrics = (tmp_path / "run" / "metrics.json").read_bytes()
+    result = ivpt_command(*command[1:])
+    assert result.returncode == 0, result.stderr
+    assert "accuracy" in result.stdout and (tmp_path / "run" / "pictures" / "index.html").is_file()
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == metrics  # evaluation repeats training's own, byte for byte
+    one_line_error(ivpt_command("train.py", *more), "--overwrite")
+
+
+def test_bench_prints_a_table_and_a_json_line(capsys):
+    train.bench(train.parse(["--bench", "--weights", "toy", "--tune", "none", "--image-size", "56", "--batch-size", "2", "--no-amp"]))
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["ratio"] == pytest.approx(row["step_ms_per_image"] / row["forward_ms_per_image"], rel=0.01)
+
+
+def damaged(kind, path):
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:2000])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "foreign":
+        torch.save({"state_dict": {}}, path)
+    elif kind == "shape":
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint["model"]["concepts.0.prototypes"] = torch.zeros(3, 128)
+        torch.save(checkpoint, path)
+    elif kind == "backbone":
+        torch.save(dict(torch.load(path, weights_only=True), fingerprint="0"), path)
+
+
+@pytest.mark.parametrize("kind, says", [("truncated", "truncated"), ("empty", "empty"), ("foreign", "not written by train.py"),
+                                        ("shape", "concepts.0.prototypes"), ("backbone", "another frozen backbone")])
+def test_damaged_checkpoints_are_named(kind, says, bird_root, tmp_path):
+    o = options(bird_root, tmp_path)
+    model = ivpt.build(asdict(o), 10)
+    path = tmp_path / "last.pt"
+    train.save(path, dict(format="ivpt", options=asdict(o), classes=["a"] * 10, model=ivpt.trained_state(model),
+                          fingerprint=ivpt.fingerprint(model)))
+    assert ivpt.load_checkpoint(path)[0].num_classes == 10
+    damaged(kind, path)
+    with pytest.raises(ValueError, match=says) as error:
+        ivpt.load_checkpoint(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--image-size", "100"], "divisible by the patch"), (["--prototypes", "17"], "prototypes"),
+    (["--prototypes", "17", "14", "11", "8", "1"], "prototypes"), (["--batch-size", "0"], "--batch-size"),
+    (["--data", "birds"], "--data"), (["--weights", "nowhere.pth"], "nowhere.pth"), (["--resume"], "--resume"),
+    (["--batch-size", "9", "--accumulate", "2"], "--accumulate"), (["--batch-size", "100"], "training images")])
+def test_bad_options_are_one_line(arguments, says, bird_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", *FEW_BIRDS, "--data-root", str(bird_root), "--out", str(tmp_path), *arguments])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    captured = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and captured.startswith("error: ") and "\n" not in captured and says in captured
+
+
+def test_unknown_options_exit_with_2():
+    with pytest.raises(SystemExit) as end:
+        train.parse(["--prototype", "3"])
+    assert end.value.code == 2
+
+
+# ---------------------------------------------------------------- real birds, a real pretrained ViT (skipped where absent)
+
+@pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="needs the project's own copy of 40 CUB classes and a ViT-Tiny")
+def test_real_features_know_birds():
+    """The pretrained ViT reads right: its cls token's nearest neighbours agree on the class far above chance (1 in 40)."""
+    backbone = ivpt.load_backbone(SHARED / "weights" / "vit_tiny_patch16_224.pth", 224)
+    features, labels = [], []
+    for split, step in (("train", 10), ("test", 25)):
+        dataset = data.CUB(SHARED / "data" / "CUB_200_2011", split, "test", 224)
+        picked = range(0, len(dataset), step)
+        with torch.no_grad():
+            features.append(F.normalize(torch.cat([backbone(dataset[i][0][None])[:, 0] for i in picked]), dim=1))
+        labels.append(dataset.labels[list(picked)])
+    nearest = labels[0][(features[1] @ features[0].T).argmax(1)]
+    assert (nearest == labels[1]).float().mean() > 0.4  # 3 training images a class; with all 30 a 20-NN reaches 84 %
+
+
+# ---- evaluate.py: the metrics on hand-computed cases -----------------------------------------------------------------
+def evaluate_upsampled(maps):
+    """The definition: bicubic to 224 x 224, half-pixel centres, first maximum row by row. (n, K, h, w) -> (n, K, 2)"""
+    n, K = maps.shape[:2]
+    full = F.interpolate(maps.double(), size=(224, 224), mode="bicubic", align_corners=False).float()
+    first = full.flatten(2).argmax(2)                                       # documented: the first of equal maxima
+    return torch.stack((first % 224, first // 224), 2).view(n, K, 2)
+
+
+@pytest.mark.parametrize("h, w", [(14, 14), (16, 16), (37, 37), (7, 7), (9, 14), (224, 224), (1, 1), (3, 2)])
+def test_evaluate_peaks_are_those_of_the_upsampled_map(h, w):
+    generator = torch.Generator().manual_seed(h * 1000 + w)
+    noise = torch.randn(9, 4, h, w, generator=generator)
+    one_hot = F.one_hot(torch.randint(h * w, (9, 4), generator=generator), h * w).view(9, 4, h, w)
+    kinds = noise, noise.mul(3).softmax(1), noise.mul(40).softmax(1), one_hot.float(), (noise > 0).float(), -noise.exp()
+    for maps in kinds:
+        assert torch.equal(evaluate.find_peaks(maps), evaluate_upsampled(maps))
+
+
+def test_evaluate_peaks_agree_with_fp32_interpolation():
+    maps = torch.randn(6, 17, 14, 14, generator=torch.Generator().manual_seed(0)).mul(2).softmax(1)
+    first = F.interpolate(maps, size=(224, 224), mode="bicubic").flatten(2).argmax(2)
+    assert torch.equal(evaluate.find_peaks(maps), torch.stack((first % 224, first // 224), 2))
+
+
+def test_evaluate_the_first_of_equal_maxima_is_the_peak():
+    maps = torch.zeros(1, 4, 14, 14)
+    maps[0, 1] = 0.3                                                        # constant: the first pixel of the frame
+    maps[0, 2, 3, 9] = maps[0, 2, 3, 4] = maps[0, 2, 8, 1] = 1              # the first row, and in it the first column
+    maps[0, 3, 13, 13] = 1                                                  # replicated border: the corner cell is flat
+    peaks = evaluate.find_peaks(maps)[0]
+    assert peaks[:2].tolist() == [[0, 0], [0, 0]]
+    assert torch.equal(peaks, evaluate_upsampled(maps)[0]) and 64 <= peaks[2, 0] < 80 and 48 <= peaks[2, 1] < 64
+    assert evaluate.find_peaks(torch.ones(1, 1, 37, 37))[0, 0].tolist() == [0, 0]
+
+
+def evaluate_map_with_peak(x, y):
+    maps = torch.zeros(1, 1, 224, 224)
+    maps[0, 0, y, x] = 1
+    return maps
+
+
+def test_evaluate_region_has_inclusive_ends_and_stops_at_the_frame():
+    def hit(x, y, point, visible=1, **options):
+        keypoints = torch.tensor([[[*point, visible]]]).float()
+        return evaluate.part_hits(evaluate_map_with_peak(x, y), keypoints, **options).item()
+    assert hit(100, 50, (136, 50)) and hit(100, 50, (64, 86)) and hit(100, 50, (136, 14))
+    assert not hit(100, 50, (137, 50)) and not hit(100, 50, (100, 87)) and not hit(100, 50, (63, 50))
+    assert hit(220, 100, (224, 100)) and not hit(220, 100, (225, 100))      # 225 is within 36, but outside the frame
+    assert hit(3, 3, (0, 0)) and not hit(3, 3, (-1, 3))
+    assert not hit(100, 50, (100, 50), visible=0)
+    assert hit(100, 50, (110, 50), half_size=10) and not hit(100, 50, (111, 50), half_size=10)
+
+
+def evaluate_hits(*rows):
+    """One prototype: a string of parts per image, x hit, . not -> (n, 1, M)"""
+    return torch.tensor([[[c == "x" for c in row]] for row in rows])
+
+
+def test_evaluate_consistency_by_hand():
+    labels, all_seen = torch.zeros(5, dtype=torch.long), torch.ones(5, 2)
+    assert evaluate.consistency(evaluate_hits("x.", "x.", "x.", "x.", ".."), all_seen, labels) == 100   # 4 of 5 is 0.8
+    assert evaluate.consistency(evaluate_hits("x.", "x.", "x.", ".x", ".x"), all_seen, labels) == 0     # 3 of 5
+    seen = torch.tensor([[1, 1], [1, 1], [1, 1], [1, 1], [0, 1]])
+    assert evaluate.consistency(evaluate_hits("x.", "x.", "x.", "..", ".."), seen, labels) == 0         # 3 of 4 visible
+    assert evaluate.consistency(evaluate_hits("x.", "x.", "x.", "x.", ".."), seen, labels) == 100       # 4 of 4 visible
+    assert evaluate.consistency(evaluate_hits(*["..."] * 5), torch.tensor([[1, 1, 0]] * 5), labels) == 0
+
+
+@pytest.mark.parametrize("n", [5, 10, 15, 35, 145, 1000])
+def test_evaluate_exactly_four_fifths_is_consistent(n):
+    hits = torch.zeros(n, 1, 1, dtype=torch.bool)
+    hits[:n * 4 // 5] = True
+    labels, seen = torch.zeros(n, dtype=torch.long), torch.ones(n, 1)
+    assert evaluate.consistency(hits, seen, labels) == 100
+    hits[0] = False
+    assert evaluate.consistency(hits, seen, labels) == 0
+
+
+def test_evaluate_classes_count_alike_and_missing_ones_not_at_all():
+    labels = torch.tensor([7, 2, 7, 7])                                     # most classes without images, one with one
+    hits, seen = evaluate_hits("x", "x", ".", "."), torch.ones(4, 1)
+    assert evaluate.consistency(hits, seen, labels) == 50                   # class 2: 1 of 1; class 7: 1 of 3
+    noisy = evaluate_hits(".", "x", ".", "x")
+    assert evaluate.stability(hits, noisy, labels) == pytest.approx(100 * (1 + 1 / 3) / 2, abs=1e-12)
+    two = torch.cat((hits, torch.zeros_like(hits)), 1)                      # a second prototype that never hits
+    assert evaluate.consistency(two, seen, labels) == 25
+    noisy = torch.cat((noisy, torch.zeros_like(hits)), 1)
+    assert evaluate.stability(two, noisy, labels) == pytest.approx(250 / 3, abs=1e-12)
+
+
+def test_evaluate_stability_wants_the_whole_set_unchanged():
+    labels = torch.zeros(4, dtype=torch.long)
+    clean, noisy = evaluate_hits("xx.", "x..", "...", ".x."), evaluate_hits("xx.", "xx.", "...", "..x")
+    assert evaluate.stability(clean, noisy, labels) == 50                   # no visible part, third image: unchanged
+
+
+def test_evaluate_metrics_equal_a_loop_over_images():
+    """The definition written out, one image at a time."""
+    generator = torch.Generator().manual_seed(3)
+    n, K, M = 60, 3, 5
+    labels, seen = torch.randint(9, (n,), generator=generator), torch.rand(n, M, generator=generator) < 0.6
+    hits, noisy = ((torch.rand(n, K, M, generator=generator) < 0.85) & seen[:, None] for _ in range(2))
+    consistent, stable = [], []
+    for c in set(labels.tolist()):
+        images = [i for i in range(n) if labels[i] == c]
+        for k in range(K):
+            shares = [sum(hits[i, k, m].item() for i in images if seen[i, m]) / sum(seen[i, m].item() for i in images)
+                      for m in range(M) if any(seen[i, m] for i in images)]
+            consistent.append(max(shares, default=0) >= 0.8)
+            stable.append(np.mean([torch.equal(hits[i, k], noisy[i, k]) for i in images]))
+    assert evaluate.consistency(hits, seen, labels) == pytest.approx(100 * np.mean(consistent), abs=1e-9)
+    assert evaluate.stability(hits, noisy, labels) == pytest.approx(100 * np.mean(stable), abs=1e-9)
+
+
+def test_evaluate_agreement_by_hand():
+    assert evaluate.agreement(torch.tensor([[0, 3], [5, 0]])) == pytest.approx((100, 100))     # the names do not matter
+    assert evaluate.agreement(torch.tensor([[2, 2], [2, 2]]))[0] == pytest.approx(0, abs=1e-9)
+    # labels 0 0 1 1 against 0 0 1 2: I = ln 2, H = ln 2 and 1.5 ln 2; Rand (1 - 1/3) / (1.5 - 1/3)
+    assert evaluate.agreement(torch.tensor([[2, 0, 0], [0, 1, 1]])) == pytest.approx((80, 100 * 4 / 7))
+    assert evaluate.agreement(torch.tensor([[9]])) == (100, 100)            # one region and one part: they agree
+    assert evaluate.agreement(torch.tensor([[1]])) == (None, None)
+
+
+# ---- evaluate.py: a data set and a model small enough to reason about ------------------------------------------------
+def evaluate_folder(root, spots, labels, parts=("mark", "tail"), size=(64, 64), boxes=None, classes=4, visible=None):
+    """CUB's layout: black images with a white square around `spots` (x, y), the key point "mark"; "tail" beside it."""
+    (root / "images").mkdir(parents=True)
+    rows = {name: [] for name in data.LISTS}
+    locations = []
+    for i, ((x, y), label) in enumerate(zip(spots, labels), 1):
+        picture = np.zeros((size[1], size[0], 3), np.uint8)
+        picture[max(0, y - 4):y + 4, max(0, x - 4):x + 4] = 255
+        Image.fromarray(picture).save(root / "images" / f"{i}.png")
+        rows["images.txt"].append(f"{i} {i}.png")
+        rows["image_class_labels.txt"].append(f"{i} {label + 1}")
+        rows["train_test_split.txt"].append(f"{i} 0")
+        rows["bounding_boxes.txt"].append("{} {} {} {} {}".format(i, *(boxes[i - 1] if boxes else (0, 0, *size))))
+        seen = visible[i - 1] if visible else 1
+        locations += [f"{i} 1 {x}.0 {y}.0 {seen}", f"{i} 2 {(x + 40) % 64}.0 {y}.0 {seen}"]
+    rows["classes.txt"] = [f"{c + 1} {c + 1:03}.Bird_{c}" for c in range(classes)]
+    for name, lines in rows.items():
+        (root / name).write_text("\n".join(lines) + "\n")
+    if parts:
+        (root / "parts").mkdir()
+        (root / "parts" / "parts.txt").write_text("".join(f"{m} {part}\n" for m, part in enumerate(parts, 1)))
+        (root / "parts" / "part_locs.txt").write_text("\n".join(locations) + "\n")
+    return root
+
+
+class EvaluateFake(torch.nn.Module):
+    """Concept 1 looks at the brightest patch, concept 2 at the upper left one, whatever the image; always class 0."""
+    grid, prototypes, num_classes = (7, 7), (3, 4, 3), 4
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, images):
+        bright = F.adaptive_avg_pool2d(images.mean(1, keepdim=True), self.grid)                 # (B, 1, h, w)
+        corner = torch.zeros_like(bright)
+        corner[:, :, 0, 0] = 8
+        attention = [torch.cat((4 * (bright + 1.9), *[corner] * (K - 2), torch.zeros_like(bright)), 1).softmax(1)
+                     for K in self.prototypes]
+        B, G = len(images), self.prototypes[-1] - 1
+        votes = torch.arange(4.).flip(0).expand(B, G, 4) * torch.arange(1., G + 1)[:, None] * self.weight
+        groups = [torch.full((B, K - 1, G), 1 / G) for K in self.prototypes[:-1]]
+        return ivpt.Output(votes.mean(1), votes, attention, groups, [], torch.zeros(B, G + 1, 8))
+
+
+EVALUATE_SPOTS = [(8, 8), (56, 8), (8, 56), (56, 56), (32, 32), (20, 44), (44, 20), (12, 40)]
+EVALUATE_LABELS = [0, 0, 0, 0, 2, 2, 2, 2]
+
+
+def test_evaluate_end_to_end_by_hand(tmp_path):
+    folder = evaluate_folder(tmp_path / "cub", EVALUATE_SPOTS, EVALUATE_LABELS)
+    metrics = evaluate.evaluate(EvaluateFake(), folder, 56, progress=False)
+    assert metrics["accuracy"] == 50 and metrics["unavailable"] is None
+    follow_and_stay, one_more_stays, same_again = metrics["layers"]
+    assert follow_and_stay["consistency"] == 50 and one_more_stays["consistency"] == pytest.approx(100 / 3)
+    assert follow_and_stay["constant_location"] == 0 and follow_and_stay["over_constant"] == 50
+    assert follow_and_stay["stability"] == 100                              # noise does not move the brightest patch
+    assert follow_and_stay["peak_spreads"][0] > 40 and follow_and_stay["peak_spreads"][1] == 0
+    assert follow_and_stay["parts_hit"][0][0] == ["mark", 100]
+    assert follow_and_stay["wins"][0] >= 8 and follow_and_stay["winning"] == 100 and one_more_stays["winning"] < 100
+    assert sum(follow_and_stay["wins"]) == 8 * 49
+    assert metrics["headline"] == {"layer": 0, "consistency": 50, "stability": 100}            # the third from the end
+    assert metrics["protocol"]["images"] == 8 and metrics["protocol"]["classes_with_images"] == 2
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_evaluate_nothing_but_the_seed_changes_the_numbers(tmp_path):
+    folder = evaluate_folder(tmp_path / "cub", EVALUATE_SPOTS, EVALUATE_LABELS)
+    first, *others = (json.dumps(evaluate.evaluate(EvaluateFake(), folder, 56, progress=False, **options))
+                      for options in ({}, {}, dict(batch_size=3), dict(batch_size=1, workers=2), dict(seed=1)))
+    assert others[0] == others[1] == others[2] == first != others[3]
+
+
+def test_evaluate_noise_is_clipped_and_belongs_to_the_image(tmp_path):
+    folder = evaluate_folder(tmp_path / "cub", EVALUATE_SPOTS, EVALUATE_LABELS)
+    views, again, other = (evaluate.Views(folder, "test", 56, seed, (7, 7)) for seed in (5, 5, 6))
+    noise = views[3]["noisy"] - views[3]["clean"]
+    assert torch.equal(noise, again[3]["noisy"] - again[3]["clean"])
+    assert not torch.equal(noise, other[3]["noisy"] - other[3]["clean"])
+    assert not torch.equal(noise, views[4]["noisy"] - views[4]["clean"])
+    assert noise.abs().max() <= 0.25 + 1e-6                                 # 1e-6: of adding and subtracting in fp32
+    assert (noise.abs() > 0.2499).float().mean() == pytest.approx(0.2113, abs=0.02)   # P(|z| > 1.25), sigma 0.0042
+
+
+@pytest.mark.parametrize("size, box", [((64, 64), (10, 20, 30, 25)), ((100, 64), (30, 5, 40, 50)),
+                                       ((64, 90), (-5, 30, 80, 200))])
+def test_evaluate_patches_inside_the_box(tmp_path, size, box):
+    """Against a picture of the box sent through the same resize and crop."""
+    folder = evaluate_folder(tmp_path / "cub", [(8, 8)], [0], size=size, boxes=[box])
+    x, y, w, h = box
+    picture = np.zeros((size[1], size[0]), np.uint8)
+    picture[max(0, y):y + h, max(0, x):x + w] = 255
+    crop = np.asarray(data.centre_crop(data.resize_short(Image.fromarray(picture), 56), 56))
+    drawn = crop[4::8, 4::8] / 2. + crop[3::8, 3::8] / 2.                   # the patch centres lie between these pixels
+    inside = evaluate.Views(folder, "test", 56, 0, (7, 7))[0]["inside"].view(7, 7).numpy()
+    clear = (drawn == 0) | (drawn == 255)                                   # the box's very edge is blurred by resizing
+    assert clear.mean() > 0.6 and (inside == drawn / 255)[clear].all() and 0 < inside.sum() < 49
+
+
+def test_evaluate_without_key_points(tmp_path, capsys):
+    folder = evaluate_folder(tmp_path / "cub", EVALUATE_SPOTS, EVALUATE_LABELS, parts=())
+    metrics = evaluate.evaluate(EvaluateFake(), folder, 56, progress=False)
+    assert metrics["headline"]["consistency"] is None and "key points" in metrics["unavailable"]
+    assert all(layer[key] is None for layer in metrics["layers"] for key in evaluate.PART_METRICS)
+    assert metrics["layers"][0]["peak_spreads"][0] > 40 and metrics["accuracy"] == 50
+    evaluate.print_table(metrics)
+    assert "not available: the data has no key points" in capsys.readouterr().out
+
+
+def test_evaluate_odd_annotations(tmp_path):
+    """A box over the rim, a box of one pixel, an image and a part that nothing is visible of."""
+    boxes = [(-10, -10, 200, 200), (56, 8, 1, 1), (60, 60, 0.4, 0.4)] + [(0, 0, 64, 64)] * 5
+    folder = evaluate_folder(tmp_path / "cub", EVALUATE_SPOTS, EVALUATE_LABELS, boxes=boxes, visible=[0] * 4 + [1] * 4)
+    locations = folder / "parts" / "part_locs.txt"
+    lines = locations.read_text().splitlines()
+    lines = [re.sub(r"1$", "0", line) if line.split()[1] == "2" else line for line in lines]
+    locations.write_text("\n".join(lines) + "\n")
+    layer = evaluate.evaluate(EvaluateFake(), folder, 56, progress=False)["layers"][0]
+    assert layer["consistency"] == 25                                       # class 2's mark; class 0 shows no part
+    assert layer["stability"] == 100 and layer["parts_hit"][0][0] == ["mark", 100]
+    json.dumps(layer, allow_nan=False)
+
+
+# ---- evaluate.py: the gallery and the command line -------------------------------------------------------------------
+def evaluate_outputs(n, prototypes=(5, 4, 3), grid=(4, 4)):
+    generator = torch.Generator().manual_seed(1)
+    attention = [torch.randn(n, K, *grid, generator=generator).mul(3).softmax(1) for K in prototypes]
+    groups = [torch.rand(n, K - 1, 2, generator=generator).softmax(2) for K in prototypes[:-1]]
+    return ivpt.Output(torch.randn(n, 6, generator=generator), None, attention, groups, [], None)
+
+
+def test_evaluate_gallery_keeps_the_nine_strongest_claims_of_all():
+    fake, n = EvaluateFake(), 40
+    fake.prototypes, fake.grid = (5, 4, 3), (4, 4)
+    output, gallery = evaluate_outputs(n), evaluate.Gallery(fake, n, examples=6)
+    for part in torch.arange(n).split(7):
+        gallery.add(ivpt.Output(output.logits[part], None, [a[part] for a in output.attention],
+                                [g[part] for g in output.groups], [], None), dict(index=part))
+    for l, a in enumerate(output.attention):
+        for k in range(a.shape[1] - 1):
+            won = a.argmax(1) == k
+            strength = (a[:, k] * won).sum((1, 2))
+            best = strength.sort(descending=True, stable=True)[1][:9]
+            assert gallery.best[l][1][k].tolist() == best.tolist() and torch.equal(gallery.best[l][2][k], won[best])
+            assert gallery.best[l][0].shape == (a.shape[1] - 1, 9)          # and no more, however many images
+            if l < 2:
+                rows = output.groups[l][won.any(2).any(1), k].double().sum(0)
+                assert torch.allclose(gallery.groups[l][k], rows)           # images where it wins nothing do not count
+    assert sorted(gallery.examples) == np.linspace(0, n - 1, 6).astype(int).tolist()
+
+
+def evaluate_checkpoint(monkeypatch, root, classes):
+    """Have the command line meet the fake model in place of a trained one."""
+    options = dict(data="cub", data_root=str(root), image_size=56, amp=False, seed=3, recipe="paper", bias="after",
+                   fusion="mlp", tune="none")
+    checkpoint = dict(options=options, classes=classes)
+    monkeypatch.setattr(evaluate.ivpt, "load_checkpoint", lambda *_: (EvaluateFake(), checkpoint))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)          # the fake stays on the CPU
+
+
+@pytest.mark.parametrize("parts", [("mark", "tail"), ()])
+def test_evaluate_command_line_writes_metrics_and_gallery(tmp_path, monkeypatch, capsys, parts):
+    folder = evaluate_folder(tmp_path / "data" / "CUB_200_2011", EVALUATE_SPOTS, EVALUATE_LABELS, parts=parts)
+    run, pictures, bird = tmp_path / "run", tmp_path / "a" / "b", tmp_path / "bird.png"
+    run.mkdir()
+    (run / "log.jsonl").write_text('{"epoch": 0, "loss": 3.5, "note": ""}\n{"epoch": 1, "loss": 2.5}\n{"epoch": 2, "lo')
+    evaluate_checkpoint(monkeypatch, tmp_path / "data", data.CUB(folder, "test", "test", 56).classes)
+    evaluate.main(["--ckpt", str(run / "last.pt"), "--visualize", str(pictures)])
+    first = (run / "metrics.json").read_bytes()
+    evaluate.main(["--ckpt", str(run / "last.pt"), "--batch-size", "3"])
+    assert (run / "metrics.json").read_bytes() == first and json.loads(first)["protocol"]["recipe"]["bias"] == "after"
+    page = (pictures / "index.html").read_text()
+    links = re.findall(r"(?:src|href)='([^'#]+)'", page)
+    assert len(set(links)) > 20 and all((pictures / link).is_file() for link in links)          # relative, and there
+    assert "http" not in page and "<script" not in page and "Never win a patch: 3." in page
+    assert ("mark 100 %" in page) == bool(parts) and ("no key points" in page) == (not parts) and "2.5 to 3.5" in page
+    evaluate.main(["--ckpt", str(run / "last.pt"), "--visualize", str(pictures), "--image", str(bird_image(bird))])
+    assert Image.open(pictures / "bird_explained.png").size[0] > 800
+    assert "1. 001.Bird_0" in capsys.readouterr().out
+
+
+def bird_image(path):
+    Image.fromarray(np.full((80, 120, 3), 90, np.uint8)).save(path)
+    return path
+
+
+# ---- evaluate.py: one image explained --------------------------------------------------------------------------------
+def test_evaluate_votes_sum_to_the_margin():
+    top, votes, regions = evaluate.explain(EvaluateFake(), torch.zeros(3, 56, 56), ["a", "b", "c", "d"])
+    logits = EvaluateFake()(torch.zeros(1, 3, 56, 56)).logits[0]
+    assert [name for name, _ in top] == ["a", "b", "c", "d"] and sum(p for _, p in top) == pytest.approx(100, abs=1e-3)
+    assert votes == [0.5, 1.0] and sum(votes) == (logits[0] - logits[1]).item()
+    assert [region.shape for region in regions] == [(7, 7)] * 3
+    text = evaluate.words(top, votes, regions, (3, 4, 3))
+    assert "concept 1 +0.50\nconcept 2 +1.00" in text and "in all +1.50" in text
+
+
+def test_evaluate_reads_any_image(tmp_path):
+    """Left half dark (51), right half bright (204): every kind of file must come out so."""
+    grey = np.full((20, 40), 51, np.uint8)
+    grey[:, 20:] = 204
+    plain = Image.fromarray(grey)
+    clear = plain.convert("RGBA")
+    clear.putalpha(Image.fromarray(np.where(np.arange(40) < 10, 0, 255).astype(np.uint8)[None].repeat(20, 0)))
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                        # stored turned; viewers turn it back
+    files = {"l.png": plain, "la.png": plain.convert("LA"), "p.png": plain.convert("P"), "clear.png": clear,
+             "rgb.png": plain.convert("RGB"), "cmyk.jpg": plain.convert("CMYK"),
+             "one.png": plain.convert("1", dither=0), "16.png": Image.fromarray(grey.astype(np.uint16) * 257),
+             "float.tiff": Image.fromarray((grey / 255).astype(np.float32))}
+    for name, image in files.items():
+        image.save(tmp_path / name)
+    plain.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    for name in [*files, "turned.jpg"]:
+        image = evaluate.read_any(tmp_path / name)
+        dark, bright = np.asarray(image).astype(int)[10, [15, 30]]
+        expected = (0, 255) if name == "one.png" else (51, 204)
+        assert image.mode == "RGB" and image.size == (40, 20), name
+        assert np.abs(dark - expected[0]).max() <= 4 and np.abs(bright - expected[1]).max() <= 4, name      # 4: JPEG
+    assert (np.asarray(evaluate.read_any(tmp_path / "clear.png"))[:, :10] == 255).all()     # transparent: white
+
+
+def test_evaluate_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
+    def fails(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main([str(argument) for argument in arguments])
+        error = capsys.readouterr().err.split("\r")[-1]                     # the progress bar ends each of its lines so
+        assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+        return error
+    folder = evaluate_folder(tmp_path / "data" / "CUB_200_2011", EVALUATE_SPOTS, EVALUATE_LABELS)
+    (tmp_path / "file").write_text("not an image, not a folder, not a checkpoint")
+    assert "no such file" in fails("--ckpt", tmp_path / "none.pt")
+    assert "file" in fails("--ckpt", tmp_path / "file")
+    evaluate_checkpoint(monkeypatch, tmp_path / "data", ["other"])
+    assert "found 4 classes, expected the 1" in fails("--ckpt", tmp_path / "last.pt")
+    with monkeypatch.context() as patch:                                    # other data does not lie in this root
+        roots = []
+        patch.setattr(data, "find", lambda name, root: roots.append((name, root)) or folder)
+        fails("--ckpt", tmp_path / "last.pt", "--data", "toy")
+        assert roots == [("toy", None)]
+    assert f"--visualize {tmp_path}/file" in fails("--ckpt", tmp_path / "last.pt", "--visualize", tmp_path / "file")
+    for name in ("file", "none.jpg"):
+        error = fails("--ckpt", tmp_path / "last.pt", "--image", tmp_path / name)
+        assert f"--image {tmp_path}/{name}: not a readable image" in error
+    evaluate_checkpoint(monkeypatch, tmp_path / "data", data.CUB(folder, "test", "test", 56).classes)
+    (folder / "images" / "3.png").write_text("broken")
+    for workers in (0, 2):                                                  # a worker wraps the message in a traceback
+        assert "3.png: not a readable image" in fails("--ckpt", tmp_path / "last.pt", "--workers", workers)
+    assert not (tmp_path / "metrics.json").exists()

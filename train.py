@@ -1,0 +1,502 @@
+"""Train IVPT: the eight losses, the recipes, one visible loop (arXiv 2503.06084; DINOv2 stays frozen).
+
+    python train.py                                    # drawn birds, no download, minutes on a laptop
+    python train.py --data cub                         # the paper's run: CUB, DINOv2-B/14 reg4, 518 px
+    torchrun --nproc_per_node=4 train.py --data cub    # the same batch, spread over four GPUs
+    python train.py --bench --weights vits14 --image-size 224 --batch-size 8
+
+A run's folder holds config.json (the options), log.jsonl (one object an epoch), last.pt (what --resume and evaluate.py
+read) and metrics.json. Exit codes: 0 done, 2 bad input (one line says what), 3 stopped by SIGINT or SIGTERM and saved:
+--resume goes on at the very next batch, 4 the loss stayed non-finite and the last good checkpoint stands.
+
+Several processes: --batch-size counts the images of one optimiser step over all of them. Every rank sees its slice of
+each batch; gradients are averaged. Two terms therefore see their own rank's slice only: presence, whose maximum runs
+over the batch, and the affine view, which every rank draws for itself. All others are means over images.
+"""
+import argparse
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+import evaluate
+import model as ivpt
+
+# ---------------------------------------------------------------- options
+# Where the paper's text and the authors' program differ; each has a flag of its own too.
+RECIPES = {
+    "paper": dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5),
+    "released": dict(bias="inside", fusion="linear", tune="tokens", lr_bias=2e-4),
+}
+# What a data set wants where the command line is silent.
+PRESETS = {
+    "toy": dict(weights="toy", image_size=112, tune="all"),
+    "cub": dict(weights="vitb14_reg4", image_size=518),
+}
+
+
+def option(default, text, **more):
+    return field(default=default, metadata=dict(help=text, **more))
+
+
+@dataclass
+class Options:
+    data: str = option("toy", "toy (drawn birds) or cub (CUB-200-2011)")
+    data_root: str = option(None, "folder that holds the data set, or where to put it")
+    out: str = option(None, "run folder (runs/DATA)")
+    weights: str = option(None, "backbone: vits14, vitb14, vitl14, vitg14, each also with _reg4, or a state dict's file")
+    image_size: int = option(None, "side of the square input in pixels, divisible by the patch")
+    recipe: str = option("paper", "the paper's text, or the authors' released program", choices=list(RECIPES))
+    bias: str = option(None, "spatial bias after or inside the softmax (by recipe)", choices=["after", "inside"])
+    fusion: str = option(None, "fusion head (by recipe)", choices=["mlp", "linear"])
+    tune: str = option(None, "what of the backbone is trained (by recipe)", choices=["none", "tokens", "all"])
+    prototypes: tuple = option((17, 14, 11, 8, 5), "prototypes per concept layer, the background counted", nargs="+", type=int)
+    epochs: int = option(25, "passes over the training images")
+    batch_size: int = option(16, "images in one optimiser step, over all processes and accumulated parts")
+    accumulate: int = option(1, "parts each batch is computed in, to save memory")
+    lr: float = option(1e-2, "learning rate of class head, grouping, fusion and head LayerNorm, at batch 16")
+    lr_prototypes: float = option(2e-4, "learning rate of prototypes and tuned tokens, at batch 16")
+    lr_bias: float = option(None, "learning rate of the spatial biases: how strongly they may act (by recipe)")
+    lr_backbone: float = option(5e-4, "learning rate of the backbone where --tune all trains it")
+    seed: int = option(42, "seeds weights, order, augmentation and noise")
+    amp: bool = option(None, "bf16 autocast (default: where the device has bf16)", action=argparse.BooleanOptionalAction)
+    compile: bool = option(False, "torch.compile the step", action=argparse.BooleanOptionalAction)
+    device: str = option(None, "cuda or cpu (default: what is there)")
+    workers: int = option(None, "loader processes (default: 8 with a GPU, 1 without)")
+    resume: bool = option(False, "go on where the run in --out stopped", action="store_true")
+    overwrite: bool = option(False, "replace the run in --out", action="store_true")
+    bench: bool = option(False, "time the plain ViT and one training step, and stop", action="store_true")
+
+
+def parse(argv=None):
+    """Command line -> Options, the blanks filled: what was typed, then the data set's preset, then the recipe's."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for f in fields(Options):
+        kind = {} if "action" in f.metadata or "nargs" in f.metadata else dict(type=f.type)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind, **f.metadata)
+    o = Options(**vars(parser.parse_args(argv)))
+    preset = PRESETS.get(o.data, PRESETS["cub"])
+    for name, value in [*preset.items(), *RECIPES[o.recipe].items(), ("out", f"runs/{o.data}")]:
+        if getattr(o, name) is None:
+            setattr(o, name, value)
+    o.prototypes = tuple(o.prototypes)
+    o.device = o.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    o.amp = has_bf16(o.device) if o.amp is None else o.amp
+    o.workers = (8 if o.device.startswith("cuda") else 1) if o.workers is None else o.workers
+    for name in ("epochs", "batch_size", "accumulate"):
+        if getattr(o, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(o, name)}: expected at least 1")
+    return o
+
+
+def has_bf16(device):
+    """Whether bf16 is native: Ampere and later, or a CPU with AVX512-BF16 or AMX."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_capability()[0] >= 8
+    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
+
+
+# ---------------------------------------------------------------- the losses
+# A is a smoothed attention map (B, K, h, w), the background last; every loss is a scalar, and every weight is 1.
+
+def classification(logits, labels):
+    """Cross entropy of the mean over concepts of their votes. logits (B, C), labels (B)."""
+    return F.cross_entropy(logits, labels)
+
+
+def region_consistency(final, fused):
+    """L_con: KL(final map, detached || fused map of a prompted layer). Both (B, G + 1, h, w); mean over patches."""
+    P, Q = final.detach() + 1e-10, fused + 1e-10
+    return (final.detach() * (P.log() - Q.log())).sum(1).mean()
+
+
+def total_variation(A):
+    """(sum |dy| + sum |dx|) / (B h w): regions with short borders."""
+    B, _, h, w = A.shape
+    return (A.diff(dim=2).abs().sum() + A.diff(dim=3).abs().sum()) / (B * h * w)
+
+
+def presence(A):
+    """1 - mean over concepts of the largest pooled share anywhere in the batch: no concept may die out."""
+    pooled = F.avg_pool2d(A[:, :-1], 3, stride=1)  # (B, K-1, h-2, w-2)
+    return 1 - pooled.amax(dim=(0, 2, 3)).mean()
+
+
+def background_presence(A):
+    """BCE(max over positions of pool3(A_bg) * M, 1): every image has background, and at its rim."""
+    pooled = F.avg_pool2d(A[:, -1], 3, stride=1)  # (B, h-2, w-2)
+    y, x = (torch.linspace(-1, 1, side, device=A.device) for side in pooled.shape[1:])
+    M = y[:, None] ** 2 + x ** 2
+    peak = (pooled * M / M.max()).amax(dim=(1, 2))  # (B)
+    return -peak.clamp_min(1e-10).log().mean()  # binary cross entropy with target 1
+
+
+def entropy(A):
+    """Mean over patches of -sum_k A log A: every patch has one owner."""
+    return -(A * A.log()).sum(1).mean()
+
+
+def equivariance(A, back):
+    """1 - mean cosine of a concept's map and its map of the transformed image, moved back. Foreground only."""
+    return 1 - F.cosine_similarity(A[:, :-1].flatten(2), back[:, :-1].flatten(2), dim=2).mean()
+
+
+def orthogonality(features):
+    """Mean of (Z Z^T - I)^2, Z the row-normalised features of all K final concepts (B, K, D)."""
+    Z = F.normalize(features.float(), dim=2)
+    return (Z @ Z.transpose(1, 2) - torch.eye(Z.shape[1], device=Z.device)).square().mean()
+
+
+class Objective(nn.Module):
+    """One batch to its eight losses: the image, its affine view, and what ties them. A module, so that DDP can wrap it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images, labels, theta):
+        """images (B, 3, S, S), labels (B), theta (2, 3) -> ({name: loss}, number of images classified rightly)."""
+        # The affine view first: only its maps are needed, and what it borrows is given back before the graph is kept.
+        back = [data.unwarp(A, theta) for A in self.model(data.warp(images, theta), backbone_graph=False).attention]
+        out = self.model(images)
+        maps, L = out.attention, len(out.attention)
+        losses = {
+            "classification": classification(out.logits, labels),
+            "region_consistency": sum(region_consistency(maps[-1], fused) for fused in out.fused) / (L - 1),
+            "total_variation": sum(map(total_variation, maps)) / L,
+            "presence": sum(map(presence, maps)) / L,
+            "background_presence": sum(map(background_presence, maps)) / L,
+            "entropy": sum(map(entropy, maps)) / L,
+            "equivariance": sum(map(equivariance, maps, back)) / L,
+            "orthogonality": orthogonality(out.features),
+        }
+        return losses, (out.logits.argmax(1) == labels).sum()
+
+
+# ---------------------------------------------------------------- the optimiser
+
+def make_optimizer(model, o):
+    """Adam in four groups; lr scales with the root of the batch size. All are halved every four epochs."""
+    groups = {"lr": [], "lr_prototypes": [], "lr_bias": [], "lr_backbone": []}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if name.startswith("backbone."):
+            groups["lr_backbone" if o.tune == "all" else "lr_prototypes"].append(p)
+        elif name.startswith("concepts."):
+            groups["lr_bias" if name.endswith("bias") else "lr_prototypes"].append(p)
+        else:
+            groups["lr"].append(p)
+    scale = (o.batch_size / 16) ** 0.5
+    optimizer = torch.optim.Adam([dict(params=ps, lr=getattr(o, name) * scale) for name, ps in groups.items() if ps])
+    return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=4, gamma=0.5)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def save(path, checkpoint):
+    """Written beside, flushed to the disk, moved into place: a killed save leaves the last checkpoint as it was."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer says a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"checkpoint {path}: could not be written ({error}); the one before it stands; make room and "
+                      "--resume") from None
+
+
+def random_states(device):
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})
+
+
+def set_random_states(states, device):
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def load_run(path, o, classes):
+    """The checkpoint --resume goes on from, after checking that it is this run's."""
+    checkpoint = ivpt.read_torch_file(path, "checkpoint")
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "ivpt":
+        raise ValueError(f"checkpoint {path}: not written by train.py; expected a run's last.pt")
+    free = {"resume", "overwrite", "device", "workers", "data_root", "out", "weights", "amp", "compile", "bench", "epochs"}
+    for name, value in asdict(o).items():
+        found = checkpoint["options"].get(name)
+        if name not in free and found != value:
+            raise ValueError(f"--resume: {path} was trained with {name} {found}, now {value}; give the same or another --out")
+    if checkpoint["classes"] != classes:
+        raise ValueError(f"--resume: {path} knows {len(checkpoint['classes'])} classes, the data has {len(classes)} "
+                         "or others; take the same data or another --out")
+    return checkpoint
+
+
+# ---------------------------------------------------------------- the run
+
+def start_processes(o):
+    """torchrun's environment -> (device, rank, world); one process alone is rank 0 of 1."""
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(f"cuda:{local}" if o.device == "cuda" else o.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if o.batch_size % (world * o.accumulate):
+        raise ValueError(f"--batch-size {o.batch_size}: expected a multiple of {world} processes x --accumulate {o.accumulate}")
+    return device, int(os.environ.get("RANK", 0)), world
+
+
+def epoch_batches(dataset, o, epoch, rank, world):
+    """This rank's share of an epoch's shuffled batches, a function of the seed alone: (steps, accumulate, images)."""
+    steps = len(dataset) // o.batch_size  # the remainder waits for another epoch's shuffle
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(1000 * o.seed + epoch))
+    return order[:steps * o.batch_size].view(steps, o.accumulate, world, -1)[:, :, rank]
+
+
+def check_run_folder(o):
+    """Refuse to lose a run: a folder that holds one needs --resume or --overwrite."""
+    last = Path(o.out, "last.pt")
+    if o.resume and not last.is_file():
+        raise FileNotFoundError(f"--resume: {last} is not there; name the run by --out, or leave --resume out")
+    if last.is_file() and not (o.resume or o.overwrite):
+        raise ValueError(f"--out {o.out}: holds a run already; go on with --resume, replace it with --overwrite, or name another")
+    last.parent.mkdir(parents=True, exist_ok=True)
+    return last
+
+
+def train(o):
+    """The run that Options describe. Returns the test metrics, or an exit code where it was stopped."""
+    device, rank, world = start_processes(o)
+    chief = rank == 0
+    last = check_run_folder(o)
+    if chief:
+        folder = data.find(o.data, o.data_root)  # downloads or draws what is missing
+    if world > 1:
+        dist.barrier()
+    folder = data.find(o.data, o.data_root)
+    dataset = data.CUB(folder, "train", "train", o.image_size, o.seed)
+    if len(dataset) < o.batch_size:
+        raise ValueError(f"--batch-size {o.batch_size}: more than the {len(dataset)} training images of {folder}; take less")
+
+    torch.manual_seed(o.seed)
+    model = ivpt.build(asdict(o), len(dataset.classes)).to(device)
+    optimizer, scheduler = make_optimizer(model, o)
+    start, done, sums = 0, 0, {}  # epoch, steps done in it, and what they summed up to
+    if o.resume:
+        checkpoint = load_run(last, o, dataset.classes)
+        ivpt.restore(model, checkpoint, last)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scheduler.load_state_dict(checkpoint["scheduler"])
+        start, done, sums = checkpoint["epoch"], checkpoint["step"], checkpoint["sums"]
+        if len(checkpoint["random"]) != world:
+            raise ValueError(f"--resume: {last} was written by {len(checkpoint['random'])} processes, now {world}; use as many")
+    objective = Objective(model)
+    step_module = DistributedDataParallel(objective, [device] if device.type == "cuda" else None) if world > 1 else objective
+    if o.compile:
+        step_module = torch.compile(step_module)
+    torch.manual_seed(o.seed + rank)  # from here on every rank has noise of its own
+    if o.resume:
+        set_random_states(checkpoint["random"][rank], device)
+
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if chief:
+        print("  ".join(f"{k}={v}" for k, v in asdict(o).items() if v not in (None, False)))
+        print(f"{len(dataset)} training images, {len(dataset.classes)} classes; {trained:,} trained parameters of "
+              f"{sum(p.numel() for p in model.parameters()):,}; {device}, {world} process{'es' * (world > 1)}")
+        last.with_name("config.json").write_text(json.dumps(asdict(o), indent=1) + "\n")
+        if not o.resume:
+            last.with_name("log.jsonl").write_text("")
+
+    def save_run(epoch, step, sums):
+        states = [random_states(device)]
+        if world > 1:
+            states = [None] * world
+            dist.all_gather_object(states, random_states(device))
+        if chief:
+            save(last, dict(
+                format="ivpt", options=asdict(o), classes=dataset.classes, parts=dataset.parts, epoch=epoch, step=step,
+                sums=sums, model=ivpt.trained_state(model), fingerprint=print_, optimizer=optimizer.state_dict(),
+                scheduler=scheduler.state_dict(), random=states))
+
+    print_ = ivpt.fingerprint(model)
+    stop = []  # signals that arrived
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, frame: stop.append(n))
+    bad_in_a_row = 0
+    total_steps = (len(dataset) // o.batch_size) * o.epochs
+    progress = tqdm(total=total_steps, initial=(len(dataset) // o.batch_size) * start + done, disable=not chief, unit="step")
+
+    for epoch in range(start, o.epochs):
+        model.train()
+        dataset.epoch = epoch
+        batches = epoch_batches(dataset, o, epoch, rank, world)[done:]
+        loader = iter(DataLoader(dataset, batch_size=batches.shape[-1], sampler=batches.flatten().tolist(),
+                                 num_workers=o.workers, pin_memory=device.type == "cuda",
+                                 generator=torch.Generator()))  # its own, or a resumed epoch would draw other noise
+        began = time.time()
+        for step in range(done, done + len(batches)):
+            optimizer.zero_grad(set_to_none=True)
+            for part in range(o.accumulate):
+                images, labels, _, index = next(loader)
+                images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                theta = data.sample_affine()  # one view for the whole batch
+                last_part = part == o.accumulate - 1
+                with contextlib.nullcontext() if world == 1 or last_part else step_module.no_sync():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=o.amp):
+                        losses, correct = step_module(images, labels, theta)
+                    loss = sum(losses.values())
+                    (loss / o.accumulate).backward()
+                for name, value in dict(losses, loss=loss, train_accuracy=100 * correct / len(labels)).items():
+                    sums[name] = sums.get(name, 0) + value.detach() / o.accumulate
+            norm = nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), 2.0)
+            if norm.isfinite():  # the same on every rank: the gradients have been averaged
+                bad_in_a_row = 0
+                optimizer.step()
+            else:
+                bad_in_a_row += 1
+                tqdm.write(f"epoch {epoch} step {step}: loss {loss.item()}, gradient norm {norm.item()}: step left out; images "
+                           + " ".join(dataset.files[i].name for i in index), file=sys.stderr)
+                if bad_in_a_row == 3:
+                    print(f"error: three such batches in a row; {last} keeps the last good state; lower --lr, or --no-amp",
+                          file=sys.stderr)
+                    return 4
+            progress.update()
+            progress.set_postfix(epoch=epoch, loss=f"{loss.item():.3f}", refresh=False)
+            if any_rank(stop, device, world):
+                save_run(epoch, step + 1, sums)
+                if chief:
+                    print(f"\nstopped by a signal; saved {last}; go on with --resume", file=sys.stderr)
+                return 3
+        scheduler.step()
+        steps = done + len(batches)
+        line = dict(epoch=epoch, **{k: round(float(v) / steps, 6) for k, v in sums.items()}, lr=optimizer.param_groups[0]["lr"],
+                    seconds=round(time.time() - began, 2))
+        done, sums = 0, {}
+        save_run(epoch + 1, 0, sums)
+        if chief:
+            with open(last.with_name("log.jsonl"), "a") as log:
+                log.write(json.dumps(line) + "\n")
+    progress.close()
+
+    recipe = {name: getattr(o, name) for name in ("recipe", "bias", "fusion", "tune")}
+    metrics = evaluate.evaluate(model.eval(), folder, o.image_size, workers=o.workers, amp=o.amp, seed=o.seed, recipe=recipe)
+    if chief:
+        evaluate.print_table(metrics)
+        last.with_name("metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        print(f"\npython evaluate.py --ckpt {last} --visualize {last.parent / 'pictures'}")
+    return metrics
+
+
+def any_rank(stop, device, world):
+    """Whether a signal reached any process: all must leave the loop at the same step."""
+    if world == 1:
+        return bool(stop)
+    flag = torch.tensor(len(stop), device=device)
+    dist.all_reduce(flag)
+    return bool(flag)
+
+
+# ---------------------------------------------------------------- the benchmark
+
+def bench(o):
+    """Milliseconds an image: the plain frozen ViT, one whole training step, their ratio; and peak memory."""
+    device = torch.device(o.device)
+    torch.manual_seed(o.seed)
+    known = ivpt.ARCHITECTURES.get(o.weights.removeprefix("dinov2_"))
+    backbone = ivpt.VisionTransformer(**known, image_size=o.image_size) if known else ivpt.load_backbone(o.weights, o.image_size)
+    model = ivpt.build(asdict(o), 200, backbone).to(device)
+    optimizer, _ = make_optimizer(model, o)
+    objective = Objective(model).train()
+    objective = torch.compile(objective) if o.compile else objective
+    images = torch.randn(o.batch_size, 3, o.image_size, o.image_size, device=device)
+    labels = torch.arange(o.batch_size, device=device) % 200
+
+    def forward():
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=o.amp):
+            model.backbone(images)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=o.amp):
+            losses, _ = objective(images, labels, data.sample_affine())
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), 2.0)
+        optimizer.step()
+
+    loaded = memory(device)
+    times = {"forward": [], "step": []}
+    for _ in range(12):  # alternating, so that a busy machine disturbs both alike
+        for name, work in (("forward", forward), ("step", step)):
+            times[name].append(clock(work, device) * 1000 / o.batch_size)
+    forward_ms, step_ms = (sorted(times[name][2:])[5] for name in ("forward", "step"))  # the median without the warm-up
+    row = dict(backbone=o.weights, recipe=o.recipe, image_size=o.image_size, batch_size=o.batch_size, device=device_name(device),
+               dtype="bf16" if o.amp else "fp32", compile=o.compile, forward_ms_per_image=round(forward_ms, 3),
+               step_ms_per_image=round(step_ms, 3), ratio=round(step_ms / forward_ms, 3),
+               peak_gib_above_model=round(memory(device) - loaded, 3))
+    print("| " + " | ".join(row) + " |\n|" + " --- |" * len(row) + "\n| " + " | ".join(map(str, row.values())) + " |")
+    print(json.dumps(row))
+
+
+def clock(work, device):
+    """Seconds of one call, the device's queue drained before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def memory(device):
+    """Peak GiB so far: the allocator's on a GPU, the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def main():
+    try:
+        o = parse()
+        result = bench(o) if o.bench else train(o)
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory ({str(error).splitlines()[0][:90]}); lower --batch-size, raise --accumulate, or lower "
+              "--image-size", file=sys.stderr)
+        sys.exit(2)
+    except (ValueError, OSError) as error:  # a user's mistake is one line; a worker's arrives with its traceback before it
+        print("error:", str(error).strip().splitlines()[-1].removeprefix("ValueError: "), file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    sys.exit(result if isinstance(result, int) else 0)
+
+
+if __name__ == "__main__":
+    main()
