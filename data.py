@@ -503,8 +503,7 @@ class CUB(torch.utils.data.Dataset):
     def _box_view(self, index, points):
         image, S = read_image(self.files[index]), self.image_size
         low, high = np.reshape(self.corners[index], (2, 2))
-        low = low.clip(0, np.array(image.size) - 1)         # some of CUB's boxes overrun the image; none may be empty
-        high = high.clip(low + 1, image.size)
+        high = np.maximum(high, low + 1)                    # none may be empty; where a box overruns the image, it is black
         image = image.crop((*low.tolist(), *high.tolist())).resize((S, S), Image.Resampling.BILINEAR)
         return image, np.trunc(FRAME * (points - low) / (high - low))
 

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 import data
@@ -198,6 +199,24 @@ def percent(part, whole):
     return 100 * float(part) / float(whole) if whole else None
 
 
+def join_ranks(correct, keypoints, tallies, world):
+    """What every rank counted on images rank, rank + world, ...: as if one process had seen them all in their order."""
+    shards = [None] * world
+    dist.all_gather_object(shards, (correct, keypoints, tallies))
+
+    def woven(pieces):
+        whole = pieces[0].new_empty(sum(map(len, pieces)), *pieces[0].shape[1:])
+        for rank, piece in enumerate(pieces):
+            whole[rank::world] = piece
+        return whole
+    for i, tally in enumerate(tallies):
+        same = [shard[2][i] for shard in shards]
+        tally.peaks = [woven([torch.cat(t.peaks, 1).transpose(0, 1) for t in same if t.peaks]).transpose(0, 1)]
+        tally.mean_map, tally.patches, tally.at_points = (sum(getattr(t, name) for t in same)
+                                                          for name in ("mean_map", "patches", "at_points"))
+    return sum(shard[0] for shard in shards), woven([shard[1] for shard in shards]), tallies
+
+
 # ---- 4. The evaluation: one pass, three forwards an image ------------------------------------------------------------
 @torch.inference_mode()
 def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, seed=0, split="test", progress=True,
@@ -212,7 +231,10 @@ def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, see
     parts, n, correct, keypoints, seconds = views.test.parts, len(views), 0, [], np.zeros(2)
     tallies = [Tally(K, model.grid, len(parts)) for K in model.prototypes]
     model.eval()
-    for batch in tqdm(DataLoader(views, batch_size, num_workers=workers), split, disable=not progress, leave=False):
+    several = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    loader = DataLoader(Subset(views, range(rank, n, world)), batch_size, num_workers=workers)  # every image counted once
+    for batch in tqdm(loader, split, disable=not progress or rank > 0, leave=False):
         began = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             outputs = [model(batch[view].to(device)) for view in ("image", "clean", "noisy")]
@@ -225,10 +247,12 @@ def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, see
         if gallery:
             gallery.add(outputs[0], batch)
     model.train(training)
-    began, keypoints = time.perf_counter(), torch.cat(keypoints)
+    began, keypoints = time.perf_counter(), torch.cat(keypoints or [torch.empty(0, len(parts), 3)])
+    if world > 1:
+        correct, keypoints, tallies = join_ranks(correct, keypoints, tallies, world)
     layers = [tally.summary(keypoints, views.test.labels, parts, (seed, i)) for i, tally in enumerate(tallies)]
     seconds[1] += time.perf_counter() - began
-    if progress:
+    if progress and rank == 0:
         print(f"{n} images: forwards {seconds[0]:.1f} s, metrics {seconds[1]:.1f} s ({percent(*seconds[::-1]):.1f} %)")
     head = max(0, len(layers) - 3)                       # the released program reports the third layer from the end
     return dict(

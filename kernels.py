@@ -307,8 +307,8 @@ def _backward_kernel(x_ptr, q_ptr, bias_ptr,                # x (B, N, D), q (K,
         if SMOOTH:
             total = tl.sum(tl.where(k[None, :] < K, tl.maximum(u, 0.0) + smoothing, 0.0), 1)
             h = (h - tl.sum(h * a, 1)[:, None]) / total[:, None]
-        h = tl.where(inside & (u >= 0), h, 0.0)
-        dl = s * (h - tl.sum(h * s, 1)[:, None])
+        h = tl.where(u >= 0, h, 0.0)
+        dl = tl.where(n[:, None] < end, s * (h - tl.sum(h * s, 1)[:, None]), 0.0)
         weight = dl.to(x_ptr.dtype.element_ty)              # rounded in both sums: dq is their difference
         sum_dl += weight.to(tl.float32)
         sums = _add_weighted(sums, weight, tiles, x, n, end, first, D, HOLD, PRECISION)

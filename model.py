@@ -183,6 +183,17 @@ class VisionTransformer(nn.Module):
 URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{folder}/dinov2_{name}_pretrain.pth"
 
 
+def weights_url(name):
+    """Where Meta keeps a named backbone; None for "toy" and for files."""
+    name = str(name).removeprefix("dinov2_")
+    return URL.format(folder=name.removesuffix("_reg4"), name=name) if name in ARCHITECTURES and name != "toy" else None
+
+
+def weights_file(url):
+    """Where a downloaded backbone lies: torch.hub's cache."""
+    return Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+
+
 def load_backbone(name_or_path, image_size=518):
     """A VisionTransformer with its weights, in fp32 and eval mode.
 
@@ -190,22 +201,22 @@ def load_backbone(name_or_path, image_size=518):
     torch.hub's cache; or a file holding a state dict in those names, whose architecture is read off its shapes.
     Raises ValueError or FileNotFoundError, one line, where the file is missing, is no such state dict or does not fit.
     """
-    name = str(name_or_path).removeprefix("dinov2_")
-    if name == "toy":
-        return VisionTransformer(**ARCHITECTURES[name], image_size=image_size)
-    if name in ARCHITECTURES:
-        patch_grid(image_size, ARCHITECTURES[name]["patch_size"])  # a wrong size is said before 350 MB are fetched
-        url = URL.format(folder=name.removesuffix("_reg4"), name=name)
+    if str(name_or_path) == "toy":
+        return VisionTransformer(**ARCHITECTURES["toy"], image_size=image_size)
+    if not (url := weights_url(name_or_path)):
+        if not Path(name_or_path).is_file():
+            raise FileNotFoundError(f"--weights {name_or_path}: no such file, and not one of {', '.join(ARCHITECTURES)}")
+        return _from_state_dict(read_torch_file(name_or_path, "--weights"), name_or_path, image_size)
+    patch_grid(image_size, 14)  # a wrong size is said before 350 MB are fetched
+    file = weights_file(url)
+    if not file.is_file():
         try:
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(file))
         except OSError as error:
-            folder = Path(torch.hub.get_dir(), "checkpoints")
-            raise OSError(f"weights {name}: could not fetch {url} ({error}); without a network put that file into "
-                          f"{folder}, or name a local one by --weights") from None
-        return _from_state_dict(state, url, image_size)
-    if not Path(name_or_path).is_file():
-        raise FileNotFoundError(f"--weights {name_or_path}: no such file, and not one of {', '.join(ARCHITECTURES)}")
-    return _from_state_dict(read_torch_file(name_or_path, "--weights"), name_or_path, image_size)
+            raise OSError(f"weights {name_or_path}: could not fetch {url} ({error}); without a network put that file into "
+                          f"{file.parent}, or name a local one by --weights") from None
+    return _from_state_dict(read_torch_file(file, "--weights"), file, image_size)
 
 
 def read_torch_file(path, what):

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -579,9 +580,9 @@ def test_data_box_view_follows_the_metric(tmp_path):
         assert (u, v, visible) == (math.trunc(224 * (x - 10) / 21), math.trunc(224 * (y - 8) / 17), seen)
 
 
-@pytest.mark.parametrize("box, corners", [("-7.5 -3 30 20", (0, 0, 22, 17)), ("30.2 35 80 80.9", (30, 35, 40, 40)),
-                                          ("12 13 0 0", (12, 13, 13, 14)), ("39.9 39.9 0.05 9", (39, 39, 40, 40)),
-                                          ("60 70 5 5", (39, 39, 40, 40)), ("10.3 0 0.7 1", (10, 0, 11, 1))])
+@pytest.mark.parametrize("box, corners", [("-7.5 -3 30 20", (-7, -3, 22, 17)), ("30.2 35 80 80.9", (30, 35, 110, 115)),
+                                          ("12 13 0 0", (12, 13, 13, 14)), ("39.9 39.9 0.05 9", (39, 39, 40, 48)),
+                                          ("60 70 5 5", (60, 70, 65, 75)), ("10.3 0 0.7 1", (10, 0, 11, 1))])
 def test_data_boxes_that_overrun_or_are_empty(tmp_path, box, corners):
     folder = write_cub(tmp_path)
     (folder / "bounding_boxes.txt").write_text("\n".join(f"{key} {box}" for key in (17, 14, 11, 8)))
@@ -1260,6 +1261,19 @@ def test_bad_options_are_one_line(arguments, says, bird_root, tmp_path, monkeypa
     assert end.value.code == 2 and captured.startswith("error: ") and "\n" not in captured and says in captured
 
 
+def test_a_corrupt_image_and_a_folder_that_cannot_be_written_are_named(bird_root, tmp_path):
+    """Met by a loader process, in the middle of an epoch: still one line."""
+    shutil.copytree(bird_root, tmp_path / "birds")
+    broken = next((tmp_path / "birds").rglob("0003.jpg"))
+    broken.write_bytes(broken.read_bytes()[:700])
+    more = [*FEW_BIRDS, "--data-root", tmp_path / "birds", "--workers", "1"]
+    result = ivpt_command("train.py", *more, "--out", tmp_path / "run")
+    lines = [line for line in result.stderr.replace("\r", "\n").splitlines() if "step" not in line and line.strip()]
+    assert result.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and str(broken) in lines[0], result.stderr
+    (tmp_path / "file").write_text("")
+    one_line_error(ivpt_command("train.py", *more, "--out", tmp_path / "file" / "run"), "--out", "cannot write")
+
+
 def test_unknown_options_exit_with_2():
     with pytest.raises(SystemExit) as end:
         train.parse(["--prototype", "3"])
@@ -1281,6 +1295,28 @@ def test_real_features_know_birds():
         labels.append(dataset.labels[list(picked)])
     nearest = labels[0][(features[1] @ features[0].T).argmax(1)]
     assert (nearest == labels[1]).float().mean() > 0.4  # 3 training images a class; with all 30 a 20-NN reaches 84 %
+
+
+# ---------------------------------------------------------------- two processes
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_two_processes_train_and_evaluate_like_one(bird_root, tmp_path):
+    """torchrun over gloo: rank 0 alone writes, the averaged gradients train, and the sharded metrics equal one process's."""
+    run = tmp_path / "run"
+    more = [*FEW_BIRDS, "--data-root", bird_root, "--epochs", "1", "--device", "cpu", "--accumulate", "2", "--out", run]
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                             str(ROOT / "train.py"), *map(str, more)], capture_output=True, text=True, timeout=240,
+                            env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("accuracy") == 1 and len((run / "log.jsonl").read_text().splitlines()) == 1
+    checkpoint = torch.load(run / "last.pt", weights_only=True)
+    assert len(checkpoint["random"]) == 2 and not torch.equal(*(state["cpu"] for state in checkpoint["random"]))
+    model, _ = ivpt.load_checkpoint(run / "last.pt")
+    alone = evaluate.evaluate(model, bird_root / "CUB_200_2011", 56, seed=42, progress=False)
+    together = json.loads((run / "metrics.json").read_text())
+    for a, b in zip(alone["layers"], together["layers"]):
+        assert a == b
+    assert alone["accuracy"] == together["accuracy"]
 
 
 # ---- evaluate.py: the metrics on hand-computed cases -----------------------------------------------------------------

@@ -44,8 +44,8 @@ RECIPES = {
 }
 # What a data set wants where the command line is silent.
 PRESETS = {
-    "toy": dict(weights="toy", image_size=112, tune="all"),
-    "cub": dict(weights="vitb14_reg4", image_size=518),
+    "toy": dict(weights="toy", image_size=112, epochs=16),
+    "cub": dict(weights="vitb14_reg4", image_size=518, epochs=25),
 }
 
 
@@ -65,7 +65,7 @@ class Options:
     fusion: str = option(None, "fusion head (by recipe)", choices=["mlp", "linear"])
     tune: str = option(None, "what of the backbone is trained (by recipe)", choices=["none", "tokens", "all"])
     prototypes: tuple = option((17, 14, 11, 8, 5), "prototypes per concept layer, the background counted", nargs="+", type=int)
-    epochs: int = option(25, "passes over the training images")
+    epochs: int = option(None, "passes over the training images (25; 16 for toy)")
     batch_size: int = option(16, "images in one optimiser step, over all processes and accumulated parts")
     accumulate: int = option(1, "parts each batch is computed in, to save memory")
     lr: float = option(1e-2, "learning rate of class head, grouping, fusion and head LayerNorm, at batch 16")
@@ -90,8 +90,10 @@ def parse(argv=None):
         kind = {} if "action" in f.metadata or "nargs" in f.metadata else dict(type=f.type)
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind, **f.metadata)
     o = Options(**vars(parser.parse_args(argv)))
-    preset = PRESETS.get(o.data, PRESETS["cub"])
-    for name, value in [*preset.items(), *RECIPES[o.recipe].items(), ("out", f"runs/{o.data}")]:
+    defaults = dict(RECIPES[o.recipe], **PRESETS.get(o.data, PRESETS["cub"]), out=f"runs/{o.data}")
+    if (o.weights or defaults["weights"]) == "toy":
+        defaults["tune"] = "all"  # there is no pretrained file: the small ViT learns along
+    for name, value in defaults.items():
         if getattr(o, name) is None:
             setattr(o, name, value)
     o.prototypes = tuple(o.prototypes)
@@ -280,8 +282,22 @@ def check_run_folder(o):
         raise FileNotFoundError(f"--resume: {last} is not there; name the run by --out, or leave --resume out")
     if last.is_file() and not (o.resume or o.overwrite):
         raise ValueError(f"--out {o.out}: holds a run already; go on with --resume, replace it with --overwrite, or name another")
-    last.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        last.parent.mkdir(parents=True, exist_ok=True)
+        last.with_name("config.json").open("a").close()
+    except OSError as error:
+        raise OSError(f"--out {o.out}: cannot write there ({error.strerror}); name another folder") from None
     return last
+
+
+def fetch(o):
+    """Downloads or draws what is missing, once for all processes."""
+    url = ivpt.weights_url(o.weights)
+    if url:
+        ivpt.patch_grid(o.image_size, 14)  # a wrong size is said before a gigabyte is fetched
+    data.find(o.data, o.data_root)
+    if url:
+        data.download(url, ivpt.weights_file(url))
 
 
 def train(o):
@@ -290,7 +306,7 @@ def train(o):
     chief = rank == 0
     last = check_run_folder(o)
     if chief:
-        folder = data.find(o.data, o.data_root)  # downloads or draws what is missing
+        fetch(o)
     if world > 1:
         dist.barrier()
     folder = data.find(o.data, o.data_root)
@@ -340,63 +356,62 @@ def train(o):
 
     print_ = ivpt.fingerprint(model)
     stop = []  # signals that arrived
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, frame: stop.append(n))
+    handlers = {number: signal.signal(number, lambda n, frame: stop.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
     bad_in_a_row = 0
     total_steps = (len(dataset) // o.batch_size) * o.epochs
-    progress = tqdm(total=total_steps, initial=(len(dataset) // o.batch_size) * start + done, disable=not chief, unit="step")
-
-    for epoch in range(start, o.epochs):
-        model.train()
-        dataset.epoch = epoch
-        batches = epoch_batches(dataset, o, epoch, rank, world)[done:]
-        loader = iter(DataLoader(dataset, batch_size=batches.shape[-1], sampler=batches.flatten().tolist(),
-                                 num_workers=o.workers, pin_memory=device.type == "cuda",
-                                 generator=torch.Generator()))  # its own, or a resumed epoch would draw other noise
-        began = time.time()
-        for step in range(done, done + len(batches)):
-            optimizer.zero_grad(set_to_none=True)
-            for part in range(o.accumulate):
-                images, labels, _, index = next(loader)
-                images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-                theta = data.sample_affine()  # one view for the whole batch
-                last_part = part == o.accumulate - 1
-                with contextlib.nullcontext() if world == 1 or last_part else step_module.no_sync():
-                    with torch.autocast(device.type, torch.bfloat16, enabled=o.amp):
-                        losses, correct = step_module(images, labels, theta)
-                    loss = sum(losses.values())
-                    (loss / o.accumulate).backward()
-                for name, value in dict(losses, loss=loss, train_accuracy=100 * correct / len(labels)).items():
-                    sums[name] = sums.get(name, 0) + value.detach() / o.accumulate
-            norm = nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), 2.0)
-            if norm.isfinite():  # the same on every rank: the gradients have been averaged
-                bad_in_a_row = 0
-                optimizer.step()
-            else:
-                bad_in_a_row += 1
-                tqdm.write(f"epoch {epoch} step {step}: loss {loss.item()}, gradient norm {norm.item()}: step left out; images "
-                           + " ".join(dataset.files[i].name for i in index), file=sys.stderr)
-                if bad_in_a_row == 3:
-                    print(f"error: three such batches in a row; {last} keeps the last good state; lower --lr, or --no-amp",
-                          file=sys.stderr)
-                    return 4
-            progress.update()
-            progress.set_postfix(epoch=epoch, loss=f"{loss.item():.3f}", refresh=False)
-            if any_rank(stop, device, world):
-                save_run(epoch, step + 1, sums)
-                if chief:
-                    print(f"\nstopped by a signal; saved {last}; go on with --resume", file=sys.stderr)
-                return 3
-        scheduler.step()
-        steps = done + len(batches)
-        line = dict(epoch=epoch, **{k: round(float(v) / steps, 6) for k, v in sums.items()}, lr=optimizer.param_groups[0]["lr"],
-                    seconds=round(time.time() - began, 2))
-        done, sums = 0, {}
-        save_run(epoch + 1, 0, sums)
-        if chief:
-            with open(last.with_name("log.jsonl"), "a") as log:
-                log.write(json.dumps(line) + "\n")
-    progress.close()
+    with tqdm(total=total_steps, initial=(len(dataset) // o.batch_size) * start + done, disable=not chief, unit="step") as progress:
+        for epoch in range(start, o.epochs):
+            model.train()
+            dataset.epoch = epoch
+            batches = epoch_batches(dataset, o, epoch, rank, world)[done:]
+            loader = iter(DataLoader(dataset, batch_size=batches.shape[-1], sampler=batches.flatten().tolist(),
+                                     num_workers=o.workers, pin_memory=device.type == "cuda",
+                                     generator=torch.Generator()))  # its own, or a resumed epoch would draw other noise
+            began = time.time()
+            for step in range(done, done + len(batches)):
+                optimizer.zero_grad(set_to_none=True)
+                for part in range(o.accumulate):
+                    images, labels, _, index = next(loader)
+                    images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                    theta = data.sample_affine()  # one view for the whole batch
+                    last_part = part == o.accumulate - 1
+                    with contextlib.nullcontext() if world == 1 or last_part else step_module.no_sync():
+                        with torch.autocast(device.type, torch.bfloat16, enabled=o.amp):
+                            losses, correct = step_module(images, labels, theta)
+                        loss = sum(losses.values())
+                        (loss / o.accumulate).backward()
+                    for name, value in dict(losses, loss=loss, train_accuracy=100 * correct / len(labels)).items():
+                        sums[name] = sums.get(name, 0) + value.detach() / o.accumulate
+                norm = nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), 2.0)
+                if norm.isfinite():  # the same on every rank: the gradients have been averaged
+                    bad_in_a_row = 0
+                    optimizer.step()
+                else:
+                    bad_in_a_row += 1
+                    tqdm.write(f"epoch {epoch} step {step}: loss {loss.item()}, gradient norm {norm.item()}: step left out; images "
+                               + " ".join(dataset.files[i].name for i in index), file=sys.stderr)
+                    if bad_in_a_row == 3:
+                        print(f"error: three such batches in a row; {last} keeps the last good state; lower --lr, or --no-amp",
+                              file=sys.stderr)
+                        return 4
+                progress.update()
+                progress.set_postfix(epoch=epoch, loss=f"{loss.item():.3f}", refresh=False)
+                if any_rank(stop, device, world):
+                    save_run(epoch, step + 1, sums)
+                    if chief:
+                        print(f"\nstopped by a signal; saved {last}; go on with --resume", file=sys.stderr)
+                    return 3
+            scheduler.step()
+            steps = done + len(batches)
+            line = dict(epoch=epoch, **{k: round(float(v) / steps, 6) for k, v in sums.items()}, lr=optimizer.param_groups[0]["lr"],
+                        seconds=round(time.time() - began, 2))
+            done, sums = 0, {}
+            save_run(epoch + 1, 0, sums)
+            if chief:
+                with open(last.with_name("log.jsonl"), "a") as log:
+                    log.write(json.dumps(line) + "\n")
+    for number, handler in handlers.items():
+        signal.signal(number, handler)  # from here on a signal ends the program: everything is saved
 
     recipe = {name: getattr(o, name) for name in ("recipe", "bias", "fusion", "tune")}
     metrics = evaluate.evaluate(model.eval(), folder, o.image_size, workers=o.workers, amp=o.amp, seed=o.seed, recipe=recipe)
@@ -422,7 +437,7 @@ def bench(o):
     """Milliseconds an image: the plain frozen ViT, one whole training step, their ratio; and peak memory."""
     device = torch.device(o.device)
     torch.manual_seed(o.seed)
-    known = ivpt.ARCHITECTURES.get(o.weights.removeprefix("dinov2_"))
+    known = ivpt.ARCHITECTURES.get(o.weights.removeprefix("dinov2_"))  # for these random weights serve: no download
     backbone = ivpt.VisionTransformer(**known, image_size=o.image_size) if known else ivpt.load_backbone(o.weights, o.image_size)
     model = ivpt.build(asdict(o), 200, backbone).to(device)
     optimizer, _ = make_optimizer(model, o)
@@ -452,9 +467,22 @@ def bench(o):
     row = dict(backbone=o.weights, recipe=o.recipe, image_size=o.image_size, batch_size=o.batch_size, device=device_name(device),
                dtype="bf16" if o.amp else "fp32", compile=o.compile, forward_ms_per_image=round(forward_ms, 3),
                step_ms_per_image=round(step_ms, 3), ratio=round(step_ms / forward_ms, 3),
-               peak_gib_above_model=round(memory(device) - loaded, 3))
+               peak_gib_above_model=round(memory(device) - loaded, 3), loading_ms_per_image=loading(o))
     print("| " + " | ".join(row) + " |\n|" + " --- |" * len(row) + "\n| " + " | ".join(map(str, row.values())) + " |")
     print(json.dumps(row))
+
+
+def loading(o):
+    """Milliseconds an image takes to read and augment, once cached, over all workers; None without data at hand."""
+    if o.data != "toy" and not o.data_root:
+        return None
+    dataset = data.CUB(data.find(o.data, o.data_root), "train", "train", o.image_size)
+    picked = range(min(8 * o.batch_size, len(dataset)))
+    for _ in range(2):  # the first pass decodes
+        began = time.perf_counter()
+        for _ in DataLoader(dataset, o.batch_size, sampler=picked, num_workers=o.workers):
+            pass
+    return round(1000 * (time.perf_counter() - began) / len(picked), 3)
 
 
 def clock(work, device):
