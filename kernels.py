@@ -21,7 +21,7 @@ once for p. The same tile of x serves both, so x need leave memory only once: 71
 from __future__ import annotations
 
 import functools
-import statistics
+import itertools
 import time
 
 import torch
@@ -61,7 +61,7 @@ def prototype_attention_reference(x, prototypes, bias, bias_after_softmax=True, 
     smoothing is eps of the maths above, used before pooling. detach_maps lets the gradient reach x only through the
     averaged features, not through the maps (the head of IVPT). fp64 stays fp64. The argmax has no gradient.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
         patches, q, b = _wide(x, prototypes, bias)
         attention = _attend(patches.detach() if detach_maps else patches, q, b, bias_after_softmax, smoothing)[2]
         winner = attention.detach().argmax(-1, keepdim=True)                                    # (B, N, 1), the first
@@ -112,9 +112,8 @@ def _row_dots(left, right, k, K, D: tl.constexpr):
 
 
 @jit
-def _map(ptr, k, n, inside, stride_k, stride_n):
-    offset = k[None, :].to(tl.int64) * stride_k + n[:, None].to(tl.int64) * stride_n            # (K, N) -> (BN, BK)
-    return tl.load(ptr + offset, inside, other=0.0).to(tl.float32)
+def _map(ptr, k, n, inside, stride_k, stride_n):                                                # (K, N) -> (BN, BK)
+    return tl.load(ptr + (k[None, :] * stride_k + n[:, None] * stride_n), inside, other=0.0).to(tl.float32)
 
 
 @jit
@@ -161,7 +160,9 @@ def _add_weighted(sums, weight, tiles, x, n, end, first, D: tl.constexpr, HOLD: 
 
 
 @jit
-def _store_sums(part_ptr, sums, row, k, K, first, D: tl.constexpr):                             # part (B*spans, K, D)
+def _store_sums(part_ptr, part_total_ptr, sums, total, k, K, first, D: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * K                                                     # (B * spans, K, D)
+    tl.store(part_total_ptr + row + k, tl.sum(total, 0), k < tl.where(first == 0, K, 0))
     k = k[None, :, None]
     for c in tl.static_range(len(sums)):
         d = (first + c) * 128 + tl.arange(0, 8)[:, None, None] * 16 + tl.arange(0, 16)[None, None, :]
@@ -202,9 +203,7 @@ def _forward_kernel(x_ptr, q_ptr, bias_ptr,                 # x (B, N, D), q (K,
         mass += region
         sums = _add_weighted(sums, region.to(x_ptr.dtype.element_ty), tiles, x, n, end, first, D, HOLD, PRECISION)
         tl.store(attention_ptr + image * K * N + (k[None, :] * N + n[:, None]), a, inside & writes[None, :])
-    row = tl.program_id(0).to(tl.int64) * K
-    tl.store(part_mass_ptr + row + k, tl.sum(mass, 0), writes)
-    _store_sums(part_ptr, sums, row, k, K, first, D)
+    _store_sums(part_ptr, part_mass_ptr, sums, mass, k, K, first, D)
 
 
 @jit
@@ -238,17 +237,15 @@ def _combine_kernel(part_ptr, part_mass_ptr,                # (B * spans, K, D) 
 #     x_n is seen by the logits and by the averages:          dx_n = 2 sum_k dl_k(n) q_k + a_w(n) / m_w dP_w, w won n
 # Everything but x.q and x.dP is a handful of operations per map entry. So s is not stored but computed again from the
 # tile of x that x.dP and dq need anyway; from the forward only its three outputs are kept.
-def prototype_attention_backward_reference(grad_attention, grad_pooled, grad_mass, x, prototypes, bias, attention,
-                                           pooled, mass, bias_after_softmax, smoothing, detach_maps):
-    """The derivation above line by line, (B, N, K) throughout -> dx (B,N,D), dprototypes (K,D), dbias (K,N)."""
-    with torch.autocast(x.device.type, enabled=False):
-        e, q, b, a, p, m, dA, dP, dm = _wide(x, prototypes, bias, attention, pooled, mass, grad_attention, grad_pooled,
-                                             grad_mass)
-        a, dA = a.transpose(1, 2), dA.transpose(1, 2)                                           # (B, N, K)
-        s, u, _ = _attend(e, q, b, bias_after_softmax, smoothing)
-        won = torch.zeros_like(a).scatter(-1, a.argmax(-1, keepdim=True), 1)
+def backward_reference(dA, dP, dm, x, prototypes, bias, attention, pooled, mass, after, smoothing, detach_maps, needed):
+    """The derivation line by line, (B, N, K) throughout -> dx (B,N,D), dprototypes (K,D), dbias (K,N), or empty."""
+    dA, dP, dm = (torch.zeros_like(o) if g is None else g for g, o in ((dA, attention), (dP, pooled), (dm, mass)))
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+        e, q, b, a, p, m, dA, dP, dm = _wide(x, prototypes, bias, attention.mT, pooled, mass, dA.mT, dP, dm)
+        s, u, _ = _attend(e, q, b, after, smoothing)
+        won = torch.zeros_like(a).scatter(-1, a.argmax(-1, keepdim=True), 1)                    # (B, N, K)
         inverse = torch.where(m > 0, 1 / m, 0)[:, None]                                         # (B, 1, K)
-        dr = dm[:, None] + (e @ dP.transpose(1, 2) - (dP * p).sum(-1)[:, None]) * inverse
+        dr = dm[:, None] + (e @ dP.mT - (dP * p).sum(-1)[:, None]) * inverse
         h = dA + won * dr
         if smoothing > 0:
             h = (h - (h * a).sum(-1, keepdim=True)) / (u.clamp(min=0) + smoothing).sum(-1, keepdim=True)
@@ -256,7 +253,9 @@ def prototype_attention_backward_reference(grad_attention, grad_pooled, grad_mas
         dl = s * (h - (h * s).sum(-1, keepdim=True))
         dq = 2 * (torch.einsum("bnk,bnd->kd", dl, e) - q * dl.sum((0, 1))[:, None])             # (K, D)
         dx = (won * a * inverse) @ dP + (0 if detach_maps else 2 * dl @ q)                      # (B, N, D)
-        return dx.to(x.dtype), dq.to(prototypes.dtype), (h if bias_after_softmax else dl).sum(0).T.to(bias.dtype)
+        db = (h if after else dl).sum(0).T.contiguous()                                         # (K, N)
+        return tuple(g.to(t.dtype) if want else t.new_empty(0)
+                     for g, t, want in zip((dx, dq, db), (x, prototypes, bias), needed))
 
 
 # The same two kernels again. The first has the forward's shape: a span of patches, x read once, dl instead of r as
@@ -281,7 +280,7 @@ def _backward_kernel(x_ptr, q_ptr, bias_ptr,                # x (B, N, D), q (K,
     x, q = (x_ptr + image * sxb, sxn, sxd), (q_ptr, sqk, sqd)
     norm = _row_dots(q, q, k, K, D)
     rows = _tiles(q, k, K, D, HOLD)
-    dr = tl.load(dm_ptr + image * smb + k * smk, k < K, other=0.0).to(tl.float32)               # (BK)
+    dr = tl.load(dm_ptr + image * smb + k * smk, k < K, other=0.0).to(tl.float32)
     if POOLED:
         dp = (dp_ptr + image * spb, spk, spd)
         mass = tl.load(mass_ptr + image * K + k, k < K, other=0.0)
@@ -317,9 +316,7 @@ def _backward_kernel(x_ptr, q_ptr, bias_ptr,                # x (B, N, D), q (K,
         if WANT_DL:
             tl.store(dl_ptr + image * K * N + (k[None, :] * N + n[:, None]), dl, inside & writes[None, :])
     if POOL > 0:                                            # 0: the prototypes ask for no gradient
-        row = tl.program_id(0).to(tl.int64) * K
-        tl.store(part_sum_ptr + row + k, tl.sum(sum_dl, 0), writes)
-        _store_sums(part_ptr, sums, row, k, K, first, D)
+        _store_sums(part_ptr, part_sum_ptr, sums, sum_dl, k, K, first, D)
 
 
 @jit
@@ -359,46 +356,38 @@ def _patch_gradient_kernel(q_ptr, dp_ptr,                   # (K, D), (B, K, D) 
 
 
 # --- 4. The launch and the op ----------------------------------------------------------------------------------------
-if triton is not None and not isinstance(_forward_kernel, triton.JITFunction):
-    def wrap_triton(kernel):                                # TRITON_INTERPRET=1: nothing to trace
-        return kernel
-
-
 @functools.cache
 def _chip(device):
-    """Multiprocessors, and bytes of shared memory a program may have; an H200's where there is no GPU to ask."""
-    if not torch.cuda.is_available():
-        return 132, 232448
-    chip = torch.cuda.get_device_properties(device)
-    return chip.multi_processor_count, chip.shared_memory_per_block_optin
+    """Multiprocessors and a program's shared memory in bytes; an H200's where there is no GPU to ask."""
+    chip = torch.cuda.get_device_properties(device) if torch.cuda.is_available() else None
+    return (chip.multi_processor_count, chip.shared_memory_per_block_optin) if chip else (132, 232448)
 
 
 def _plan(B, N, D, K, size, products, processors, shared):
-    """products: 1 in the forward; in the backward 2, or 3 with x.dP. -> constexprs, spans of an image, patches of a
-    span, slices of D. The limits on `sums`, registers a thread gives to the (K, D) sums, are where spilling begins."""
-    BK, chunks, backward = max(16, triton.next_power_of_2(K)), triton.cdiv(D, 128), products > 1
-    sums, BN, stages = BK * chunks // 2, 16, 1
-    if sums <= ((24 if backward else 96) if size == 4 else 128):
-        BN = 32 if size == 2 and not backward and sums <= 96 else 16
-        maps, rows = BN * BK * 4, (2 if products == 3 else 1) * BK * chunks * 128 * size
-        tile = BN * chunks * 128 * size + maps * (3 if backward else 1)
-        stages = min(3, (shared - rows - 8 * maps) // tile + 1)
-    pool = chunks if stages > 1 else min(max(1, 96 // BK), chunks)
+    """How a problem is cut: constexprs, spans of an image, patches of a span, slices of D. products: 1 in the forward,
+    in the backward 2, or 3 with x.dP. sums: registers of a thread's 255 for the (K, D) sums; above the limit it spills.
+    """
+    BK, chunks, BN, stages = max(16, triton.next_power_of_2(K)), triton.cdiv(D, 128), 16, 1
+    sums, forward = BK * chunks // 2, products == 1
+    if sums <= (128 if size == 2 else 48 if forward else 0):
+        BN = 32 if size == 2 and forward and sums <= 96 else 16
+        tile, maps, rows = BN * chunks * 128 * size, BN * BK * 4, (1 + (products == 3)) * BK * chunks * 128 * size
+        stages = min(3, (shared - rows - 8 * maps) // (tile + (1 if forward else 3) * maps) + 1)
+    held = stages > 1
+    BN, pool = (BN, chunks) if held else (16, min(max(1, 64 // BK), chunks))
     spans = processors // B if 2 * B <= processors else triton.cdiv(4 * processors, B)      # one wave, or at least four
     span = triton.cdiv(N, max(1, min(spans, N // (2 * BN))) * BN) * BN
-    exact = torch.get_float32_matmul_precision() == "highest"                               # PyTorch's own switch
-    return dict(D=D, BN=BN, BK=BK, HOLD=chunks if stages > 1 else 0, POOL=pool, STAGES=max(1, stages),
+    exact = torch.get_float32_matmul_precision() == "highest"           # PyTorch's switch: fp32 as it is, or 3 x TF32
+    return dict(D=D, BN=BN, BK=BK, HOLD=chunks * held, POOL=pool, STAGES=stages if held else 1,
                 PRECISION="ieee" if exact else "tf32x3"), triton.cdiv(N, span), span, triton.cdiv(chunks, pool)
 
 
-def _launch_forward(x, prototypes, bias, after, smoothing):
+def launch_forward(x, prototypes, bias, after, smoothing):
     (B, N, D), K, q = x.shape, len(prototypes), prototypes.to(x.dtype)
-    empty = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
-    attention, pooled, mass = empty(B, K, N), torch.empty(B, K, D, dtype=x.dtype, device=x.device), empty(B, K)
-    if B * N == 0:
-        return attention, pooled.zero_(), mass.zero_()
     cut, spans, span, slices = _plan(B, N, D, K, x.element_size(), 1, *_chip(x.device))
-    part, part_mass = empty(B * spans, K, D), empty(B * spans, K)
+    empty = functools.partial(x.new_empty, dtype=torch.float32)
+    attention, pooled, mass = empty((B, K, N)), x.new_empty((B, K, D)), empty((B, K))
+    part, part_mass = empty((B * spans, K, D)), empty((B * spans, K))
     wrap_triton(_forward_kernel)[(B * spans, slices)](
         x, q, bias, attention, part, part_mass, N, K, spans, span, *x.stride(), *q.stride(), *bias.stride(), smoothing,
         AFTER=after, SMOOTH=smoothing > 0, num_warps=8, **cut)
@@ -406,80 +395,70 @@ def _launch_forward(x, prototypes, bias, after, smoothing):
     return attention, pooled, mass
 
 
-def _launch_backward(dA, dP, dm, x, prototypes, bias, attention, pooled, mass, after, smoothing, detach_maps, needed):
-    (B, N, D), K, q = x.shape, len(prototypes), prototypes.to(x.dtype)
-    zero, empty = x.new_zeros(()), functools.partial(torch.empty, dtype=torch.float32, device=x.device)
-    dA, dm = zero.expand(B, K, N) if dA is None else dA, zero.expand(B, K) if dm is None else dm
-    want_h, want_dl = needed[2] and after, needed[0] and not detach_maps or needed[2] and not after
-    cut, spans, span, slices = _plan(B, N, D, K, x.element_size(), 2 + (dP is not None), *_chip(x.device))
-    h, dl = empty(B if want_h else 0, K, N), empty(B if want_dl else 0, K, N)
-    part, part_sum = empty(B * spans * needed[1], K, D), empty(B * spans * needed[1], K)
-    cut["POOL"], slices = (cut["POOL"], slices) if needed[1] else (0, 1)
-    if needed[1] or want_h or want_dl:
-        wrap_triton(_backward_kernel)[(B * spans, slices)](
-            x, q, bias, attention, pooled, mass, dA, q if dP is None else dP, dm, dl, h, part, part_sum, N, K, spans, span,
-            *x.stride(), *q.stride(), *bias.stride(), *dA.stride(), *(pooled if dP is None else dP).stride(),
-            *dm.stride(), smoothing, POOLED=dP is not None, WANT_DL=want_dl, WANT_H=want_h, AFTER=after,
-            SMOOTH=smoothing > 0, num_warps=8, **cut)
-    dx = torch.zeros(x.shape if needed[0] else (0,), dtype=x.dtype, device=x.device)
-    if needed[0]:
+def launch_backward(dA, dP, dm, x, prototypes, bias, attention, pooled, mass, after, smoothing, detach_maps, needed):
+    """dA, dP and dm may be None; the gradients that are not needed come back empty."""
+    (B, N, D), K, q, zero = x.shape, len(prototypes), prototypes.to(x.dtype), mass.new_zeros(())
+    (want_x, want_q, want_b), POOLED = needed, dP is not None
+    dA, dP, dm = (g if g is not None else zero.expand(o.shape) for g, o in ((dA, attention), (dP, pooled), (dm, mass)))
+    dA = dA.contiguous() if dA.numel() >= 2 ** 31 else dA                   # _map counts in 32 bits within an image
+    want_h, want_dl = want_b and after, (want_x and not detach_maps) or (want_b and not after)
+    cut, spans, span, slices = _plan(B, N, D, K, x.element_size(), 2 + POOLED, *_chip(x.device))
+    empty = functools.partial(x.new_empty, dtype=torch.float32)
+    h, dl, dx = empty((B * want_h, K, N)), empty((B * want_dl, K, N)), x.new_empty((B * want_x, N, D))
+    part, part_sum = empty((B * spans * want_q, K, D)), empty((B * spans * want_q, K))
+    if want_q or want_h or want_dl:
+        wrap_triton(_backward_kernel)[(B * spans, slices if want_q else 1)](
+            x, q, bias, attention, pooled, mass, dA, dP, dm, dl, h, part, part_sum, N, K, spans, span, *x.stride(),
+            *q.stride(), *bias.stride(), *dA.stride(), *dP.stride(), *dm.stride(), smoothing, POOLED=POOLED,
+            WANT_DL=want_dl, WANT_H=want_h, AFTER=after, SMOOTH=smoothing > 0, num_warps=8,
+            **(cut if want_q else cut | dict(POOL=0)))
+    if want_x:
         wrap_triton(_patch_gradient_kernel)[(B * triton.cdiv(N, 64),)](
-            q, q if dP is None else dP, attention, mass, dl, dx, N, K, *q.stride(), *(pooled if dP is None else dP).stride(),
-            LOGITS=not detach_maps, POOLED=dP is not None, D=D, BN=64, BK=cut["BK"], BD=64, PRECISION=cut["PRECISION"])
-    dq = 2 * (part.sum(0) - q.float() * part_sum.sum(0)[:, None]) if needed[1] else part
-    return dx, dq.to(prototypes.dtype), (h if after else dl).sum(0).to(bias.dtype) if needed[2] else h
+            q, dP, attention, mass, dl, dx, N, K, *q.stride(), *dP.stride(), LOGITS=not detach_maps, POOLED=POOLED,
+            D=D, BN=64, BK=cut["BK"], BD=64, PRECISION=cut["PRECISION"])
+    dq = 2 * (part.sum(0) - q.float() * part_sum.sum(0)[:, None]) if want_q else part       # spans, always in one order
+    return dx, dq.to(prototypes.dtype), (h if after else dl).sum(0).to(bias.dtype) if want_b else h.new_empty(0)
 
 
 def _fused(x):
-    return triton is not None and x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    kinds = torch.float32, torch.bfloat16, torch.float16
+    return triton is not None and x.is_cuda and x.dtype in kinds and x.numel() > 0
 
 
-@triton_op("ivpt::prototype_attention", mutates_args=(), schema="(Tensor x, Tensor prototypes, Tensor bias, bool after, "
-           "float smoothing, bool detach_maps) -> (Tensor, Tensor, Tensor)")
+@triton_op("ivpt::prototype_attention", mutates_args=(), schema="(Tensor x, Tensor prototypes, Tensor bias, "
+           "bool after, float smoothing, bool detach_maps) -> (Tensor, Tensor, Tensor)")
 def _op(x, prototypes, bias, after, smoothing, detach_maps):
     if _fused(x):
-        return _launch_forward(x, prototypes, bias, after, smoothing)
+        return launch_forward(x, prototypes, bias, after, smoothing)
     return prototype_attention_reference(x, prototypes, bias, after, smoothing=smoothing)
 
 
-@triton_op("ivpt::prototype_attention_backward", mutates_args=(), schema="(Tensor? grad_attention, Tensor? grad_pooled, "
-           "Tensor? grad_mass, Tensor x, Tensor prototypes, Tensor bias, Tensor attention, Tensor pooled, Tensor mass, "
-           "bool after, float smoothing, bool detach_maps, bool[] needed) -> (Tensor, Tensor, Tensor)")
+@triton_op("ivpt::prototype_attention_backward", mutates_args=(), schema="(Tensor? dA, Tensor? dP, Tensor? dm, "
+           "Tensor x, Tensor prototypes, Tensor bias, Tensor attention, Tensor pooled, Tensor mass, bool after, "
+           "float smoothing, bool detach_maps, bool[] needed) -> (Tensor, Tensor, Tensor)")
 def _backward_op(dA, dP, dm, x, prototypes, bias, attention, pooled, mass, after, smoothing, detach_maps, needed):
-    if _fused(x) and x.numel() > 0:
-        return _launch_backward(dA, dP, dm, x, prototypes, bias, attention, pooled, mass, after, smoothing, detach_maps,
-                                needed)
-    dA, dP, dm = (torch.zeros_like(o) if g is None else g for g, o in ((dA, attention), (dP, pooled), (dm, mass)))
-    return prototype_attention_backward_reference(dA, dP, dm, x, prototypes, bias, attention, pooled, mass, after,
-                                                  smoothing, detach_maps)
-
-
-@_op.register_fake
-def _(x, prototypes, bias, after, smoothing, detach_maps):
-    (B, N, D), K, kind = x.shape, len(prototypes), torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty((B, K, N), dtype=kind), x.new_empty((B, K, D)), x.new_empty((B, K), dtype=kind)
+    backward = launch_backward if _fused(x) else backward_reference
+    return backward(dA, dP, dm, x, prototypes, bias, attention, pooled, mass, after, smoothing, detach_maps, needed)
 
 
 def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)                        # an output without gradient costs nothing
+    ctx.set_materialize_grads(False)                        # an output that has no gradient costs nothing
     ctx.save_for_backward(*inputs[:3], *output)
     ctx.options = inputs[3:]
 
 
 def _differentiate(ctx, *grads):
     needed = list(ctx.needs_input_grad[:3])
-    gradients = _backward_op(*grads, *ctx.saved_tensors, *ctx.options, needed)
-    return *(g if wanted else None for g, wanted in zip(gradients, needed)), None, None, None
+    results = _backward_op(*grads, *ctx.saved_tensors, *ctx.options, needed)
+    return *(result if want else None for result, want in zip(results, needed)), None, None, None
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
 
 
 def prototype_attention(x, prototypes, bias, bias_after_softmax=True, *, smoothing=0.0, detach_maps=False):
-    """The reference's signature and results: fused on an NVIDIA GPU in fp32, bf16 and fp16, else the reference itself.
-
-    Under autocast x keeps its dtype, and so does the op: logits need fp32 sums, and a cast would read x once more.
-    """
+    """As prototype_attention_reference. Fused on an NVIDIA GPU in fp32, bf16 and fp16; elsewhere the reference itself.
+    Under autocast x keeps its dtype: the logits are summed in fp32 anyway, and a cast would read x once more."""
     if _fused(x):
         return _op(x, prototypes, bias, bias_after_softmax, float(smoothing), detach_maps)
     return prototype_attention_reference(x, prototypes, bias, bias_after_softmax, smoothing=smoothing,
@@ -488,54 +467,60 @@ def prototype_attention(x, prototypes, bias, bias_after_softmax=True, *, smoothi
 
 # --- 5. Self-check and benchmark -------------------------------------------------------------------------------------
 def two_reads(x, prototypes, bias, product_form=False):
-    """The honest rival: two matmuls and a softmax in x's own dtype. product_form: with the (B, D, K, N) tensor."""
-    attention = ((2 * x @ prototypes.T - prototypes.square().sum(1)).float().softmax(-1) + bias.T).clamp(min=0)
+    """The honest rival, in the dtype of x; product_form pools through the (B, D, K, N) tensor instead of a matmul."""
+    logits = F.linear(x, 2 * prototypes, -prototypes.square().sum(1)).float()                   # (B, N, K), x read once
+    attention = (logits.softmax(-1) + bias.T).clamp(min=0)
     region = attention * torch.zeros_like(attention).scatter(-1, attention.argmax(-1, keepdim=True), 1)
-    if product_form:
-        sums = (x.transpose(1, 2)[:, :, None] * region.to(x.dtype).transpose(1, 2)[:, None]).sum(-1).transpose(1, 2)
-    else:
-        sums = region.to(x.dtype).transpose(1, 2) @ x                                           # (B, K, D)
-    mass = region.sum(1)
-    return attention.transpose(1, 2), sums / mass.clamp(min=1e-30)[..., None].to(x.dtype), mass
+    weight, mass = region.to(x.dtype).mT, region.sum(1)
+    pooled = (x.mT[:, :, None] * weight[:, None]).sum(-1).mT if product_form else weight @ x    # and here again
+    return attention.mT, pooled / mass.clamp(min=1e-30).to(x.dtype)[..., None], mass
 
 
-def problem(B, N, D, K, dtype, device):
-    torch.manual_seed(0)
-    x, q = torch.randn(B, N, D, device=device), 0.3 * torch.randn(K, D, device=device)
-    return [t.to(dtype).requires_grad_() for t in (x, q)] + [torch.zeros(K, N, device=device, requires_grad=True)]
-
-
-def check(device):
-    """Largest errors against the fp64 reference, of the op and of the two-read form in the same dtype."""
-    for dtype in (torch.float32, torch.bfloat16):
-        inputs = problem(2, 1369, 768, 17, dtype, device)
-        exact = prototype_attention_reference(*(t.double() for t in inputs))
-        for name, function in ("two reads", two_reads), ("op", prototype_attention):
-            errors = [(o.double() - e).abs().max().item() for o, e in zip(function(*inputs), exact)]
-            print(f"{dtype} {name:10s} attention {errors[0]:.1e}  pooled {errors[1]:.1e}  mass {errors[2]:.1e}")
-
-
-def measure(run, device):
-    """Microseconds: median, 20 % and 80 % (on a GPU of GPU time), and the median wall time of one call."""
-    def clock():
+def measure(run, cuda):
+    """Microseconds: median, 20 % and 80 % of the GPU's time (of wall time without a GPU), median of the wall time."""
+    wall = []
+    for _ in range(30 if cuda else 6):
         start = time.perf_counter()
         run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return 1e6 * (time.perf_counter() - start)
-    clock()
-    wall = sorted(clock() for _ in range(30 if device == "cuda" else 5))
-    times = wall[len(wall) // 2], wall[len(wall) // 5], wall[-1 - len(wall) // 5]
-    if device == "cuda":
-        times = tuple(1e3 * t for t in triton.testing.do_bench(run, quantiles=(0.5, 0.2, 0.8)))
-    return *times, wall[len(wall) // 2]
+        torch.cuda.synchronize() if cuda else None
+        wall.append(1e6 * (time.perf_counter() - start))
+    low, median, high = (sorted(wall[1:])[int(share * len(wall[1:]))] for share in (0.2, 0.5, 0.8))
+    times = (1e3 * t for t in triton.testing.do_bench(run, quantiles=(0.5, 0.2, 0.8))) if cuda else (median, low, high)
+    return *times, median
 
 
-def benchmark(device):
-    ...
+def main():
+    cuda, copied = torch.cuda.is_available(), float("nan")
+    forms = {"product": functools.partial(two_reads, product_form=True), "two reads": two_reads,
+             "compiled": torch.compile(two_reads)}
+    print("torch", torch.__version__, "on", torch.cuda.get_device_name() if cuda else "CPU: wall time, batch 1, PyTorch "
+          "forms only. Missing: Triton, GPU time, copy bandwidth, peak memory.")
+    if cuda:
+        forms["Triton"], big = prototype_attention, torch.empty(2 ** 30, dtype=torch.uint8, device="cuda")
+        copied = 2e-3 * big.numel() / measure(big.clone, cuda)[0]
+    print(f"copy {copied:.0f} GB/s; GB/s count the fewest bytes; peak is above the inputs; error is against fp64")
+    shapes = (32, 1369, 768, 17), (32, 256, 384, 17), (8, 1369, 1024, 17), (16, 196, 192, 5)
+    for (B, N, D, K), dtype in itertools.product(shapes, (torch.float32, torch.bfloat16)):
+        B, device = (B, "cuda") if cuda else (1, "cpu")
+        torch.manual_seed(0)
+        inputs = [t.to(dtype).requires_grad_() for t in (torch.randn(B, N, D, device=device),
+                  0.3 * torch.randn(K, D, device=device))] + [torch.zeros(K, N, device=device, requires_grad=True)]
+        exact = [o.detach() for o in prototype_attention_reference(*(t.double() for t in inputs))]
+        for (name, form), backward in itertools.product(forms.items(), (False, True)):
+            def run():
+                with torch.set_grad_enabled(backward):
+                    outputs = form(*inputs)
+                return torch.autograd.grad(outputs, inputs, outputs) if backward else outputs
+            error = max((o - e).abs().max().item() for o, e in zip(form(*inputs), exact))
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats() if cuda else None
+            median, low, high, wall = measure(run, cuda)
+            peak = (torch.cuda.max_memory_allocated() - before) >> 20
+            rate = (3 if backward else 1) * (inputs[0].nbytes + 4 * B * K * N) / median / 1e3
+            print(f"{B:3d} {N:5d} {D:5d} {K:3d} {str(dtype)[6:]:9s}{name:10s}{'fwd+bwd' if backward else 'fwd':8s}{median:9.0f} us "
+                  f"({low:.0f} to {high:.0f}), wall {wall:.0f} us, {rate:.0f} GB/s, {rate / copied:.0%} of copy, "
+                  f"peak {peak} MiB, error {error:.1e}")
 
 
 if __name__ == "__main__":
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    check(device)
-    benchmark(device)
+    main()

@@ -11,7 +11,6 @@ puts a concept layer before each of the last four blocks and one at the output. 
     G coarse concepts = prototypes of the last layer without its background   C classes
 """
 import hashlib
-import pickle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,13 +22,13 @@ from kernels import prototype_attention
 
 # width, depth, patch, grid of the position embedding, SwiGLU hidden width (0: a 4x GELU MLP); heads are width / 64
 ARCHITECTURES = {
-    "vits14": dict(width=384, depth=12, patch_size=14, grid=37),
-    "vitb14": dict(width=768, depth=12, patch_size=14, grid=37),
-    "vitl14": dict(width=1024, depth=24, patch_size=14, grid=37),
-    "vitg14": dict(width=1536, depth=40, patch_size=14, grid=37, swiglu=4096),
+    "vits14": dict(width=384, depth=12, patch_size=14, pos_grid=37),
+    "vitb14": dict(width=768, depth=12, patch_size=14, pos_grid=37),
+    "vitl14": dict(width=1024, depth=24, patch_size=14, pos_grid=37),
+    "vitg14": dict(width=1536, depth=40, patch_size=14, pos_grid=37, swiglu=4096),
 }
 ARCHITECTURES |= {f"{name}_reg4": dict(kind, registers=4) for name, kind in ARCHITECTURES.items()}
-ARCHITECTURES["toy"] = dict(width=128, depth=6, patch_size=8, grid=14)  # no pretrained file: trained along, from scratch
+ARCHITECTURES["toy"] = dict(width=128, depth=6, patch_size=8, pos_grid=14)  # no pretrained file: trained along, from scratch
 SMOOTHING = 1e-6  # a <- (a + 1e-6) / sum_k (a + 1e-6), before the losses and in the head
 
 
@@ -128,16 +127,16 @@ class VisionTransformer(nn.Module):
     image whose sides the patch divides. Raises ValueError for other sizes.
     """
 
-    def __init__(self, width, depth, patch_size, grid, registers=0, swiglu=0, image_size=None):
+    def __init__(self, width, depth, patch_size, pos_grid, registers=0, swiglu=0, image_size=None):
         super().__init__()
         if width % 64:
             raise ValueError(f"backbone width {width}: expected a multiple of 64, as every head is 64 wide")
-        self.width, self.patch_size, self.pos_grid, self.registers = width, patch_size, grid, registers
-        self.image_size = image_size or grid * patch_size
+        self.width, self.patch_size, self.pos_grid, self.registers = width, patch_size, pos_grid, registers
+        self.image_size = image_size or pos_grid * patch_size
         self.grid = patch_grid(self.image_size, patch_size)  # (h, w)
         self.patch_embed = PatchEmbed(width, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + pos_grid ** 2, width))
         self.mask_token = nn.Parameter(torch.zeros(1, width))  # pretraining's; kept so that Meta's files load strictly
         if registers:
             self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
@@ -223,10 +222,10 @@ def read_torch_file(path, what):
     """torch.load without code execution; every way a file can be broken becomes one line naming it."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{what} {path}: no such file") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError) as error:
-        kind = "empty" if Path(path).is_file() and not Path(path).stat().st_size else "truncated, or not a torch file of tensors"
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise type(error)(f"{what} {path}: {error.strerror}") from None
+    except Exception as error:  # a damaged file can raise anything from struct.error to AssertionError
+        kind = "empty" if not Path(path).stat().st_size else "truncated, or not a torch file of tensors"
         raise ValueError(f"{what} {path}: {kind} ({type(error).__name__}); fetch or write it again") from None
 
 
@@ -240,7 +239,7 @@ def _architecture(state, path):
         swiglu = state["blocks.0.mlp.w3.weight"].shape[1] if "blocks.0.mlp.w3.weight" in state else 0
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise ValueError(f"weights {path}: not a ViT state dict in DINOv2's names ({type(error).__name__}: {error})") from None
-    return dict(width=D, depth=depth, patch_size=patch, grid=round(positions ** 0.5), registers=registers, swiglu=swiglu)
+    return dict(width=D, depth=depth, patch_size=patch, pos_grid=round(positions ** 0.5), registers=registers, swiglu=swiglu)
 
 
 def _from_state_dict(state, path, image_size):
@@ -254,7 +253,7 @@ def _check_shapes(ours, theirs, what):
     """One line naming the first key that is missing, unknown or of another shape."""
     for key in [*ours, *theirs]:
         mine = tuple(ours[key].shape) if key in ours else "no such key"
-        found = tuple(theirs[key].shape) if key in theirs else "no such key"
+        found = tuple(getattr(theirs[key], "shape", ["no tensor"])) if key in theirs else "no such key"
         if mine != found:
             raise ValueError(f"{what}: {key}: found {found}, expected {mine}; take the file this model was made for")
 
@@ -293,7 +292,8 @@ class Fusion(nn.Module):
         groups = F.gumbel_softmax(logits, tau=1.0) if self.training else logits.softmax(-1)
         groups = torch.where(mass[..., None] > 0, groups, 1 / self.G)  # an empty region belongs to all alike
         weights = groups.detach().transpose(1, 2)  # (B, G, K-1)
-        coarse = weights @ pooled.float() / weights.sum(-1, keepdim=True)  # (B, G, D)
+        with torch.autocast(pooled.device.type, enabled=False):
+            coarse = weights @ pooled.float() / weights.sum(-1, keepdim=True).clamp_min(1e-30)  # (B, G, D); 0 / 0 would be nan
         return self.head(self.norm(coarse)), groups
 
 
@@ -328,7 +328,10 @@ class IVPT(nn.Module):
                              "least 2 (one concept and the background)")
         if tune not in ("none", "tokens", "all"):
             raise ValueError(f"tune {tune!r}: expected none, tokens or all")
-        self.backbone, self.num_classes, self.prototypes, self.grid = backbone, num_classes, tuple(prototypes), backbone.grid
+        if min(backbone.grid) < 3:
+            raise ValueError(f"image size {backbone.image_size}: {backbone.grid} patches, expected at least 3 a side")
+        self.backbone, self.grid = backbone, backbone.grid
+        self.num_classes, self.prototypes = num_classes, tuple(prototypes)
         D, G, N = backbone.width, prototypes[-1] - 1, self.grid[0] * self.grid[1]
         tokens = ("cls_token", "register_tokens", "pos_embed")
         for name, parameter in backbone.named_parameters():
@@ -372,7 +375,8 @@ class IVPT(nn.Module):
                 tokens = block(torch.cat([tokens, prompts], dim=1))[:, :T]  # the prompts live for one block
             attention.append(a.unflatten(2, (h, w)))
             groups.append(S)
-            fused.append(torch.cat([S.transpose(1, 2) @ a[:, :-1], a[:, -1:]], dim=1).unflatten(2, (h, w)))
+            with torch.autocast(a.device.type, enabled=False):  # shares that sum to 1 must not be rounded to bf16
+                fused.append(torch.cat([S.transpose(1, 2) @ a[:, :-1], a[:, -1:]], dim=1).unflatten(2, (h, w)))
 
         with torch.set_grad_enabled(graph):
             x = self.backbone.norm(tokens[:, self.backbone.prefix:])  # with gradient: what the classes are read from
@@ -406,15 +410,21 @@ def fingerprint(model):
     return digest.hexdigest()
 
 
+def read_checkpoint(path):
+    """A run's last.pt -> its dict. Raises ValueError or OSError, one line, for a file that is damaged or not ours."""
+    checkpoint = read_torch_file(path, "checkpoint")
+    if not isinstance(checkpoint, dict) or not {"options", "classes", "model", "fingerprint"} <= checkpoint.keys():
+        raise ValueError(f"checkpoint {path}: not written by train.py; expected a run's last.pt")
+    return checkpoint
+
+
 def load_checkpoint(path, weights=None):
     """A run's last.pt -> (model in eval mode, checkpoint dict). weights: where the backbone lies, if it has moved.
 
     Raises ValueError or FileNotFoundError, one line, for a file that is missing, truncated, not ours, or whose frozen
     backbone is another one.
     """
-    checkpoint = read_torch_file(path, "checkpoint")
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "ivpt":
-        raise ValueError(f"checkpoint {path}: not written by train.py; expected a run's last.pt")
+    checkpoint = read_checkpoint(path)
     options = dict(checkpoint["options"], **({"weights": weights} if weights else {}))
     model = build(options, len(checkpoint["classes"]))
     restore(model, checkpoint, path)

@@ -10,13 +10,16 @@ read) and metrics.json. Exit codes: 0 done, 2 bad input (one line says what), 3 
 --resume goes on at the very next batch, 4 the loss stayed non-finite and the last good checkpoint stands.
 
 Several processes: --batch-size counts the images of one optimiser step over all of them. Every rank sees its slice of
-each batch; gradients are averaged. Two terms therefore see their own rank's slice only: presence, whose maximum runs
-over the batch, and the affine view, which every rank draws for itself. All others are means over images.
+each batch; gradients are averaged. Two terms therefore see their own rank's slice only (and with --accumulate their own
+part of it): presence, whose maximum runs over the batch, and the affine view, which is drawn for each. All others are
+means over images. log.jsonl holds what rank 0 saw.
 """
 import argparse
 import contextlib
 import json
+import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -83,7 +86,10 @@ class Options:
 
 
 def parse(argv=None):
-    """Command line -> Options, the blanks filled: what was typed, then the data set's preset, then the recipe's."""
+    """Command line -> Options, the blanks filled: what was typed, then the data set's preset, then the recipe's.
+
+    The toy ViT has no pretrained file and so learns along: --tune all, whatever the recipe. Raises ValueError.
+    """
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(Options):
@@ -92,25 +98,40 @@ def parse(argv=None):
     o = Options(**vars(parser.parse_args(argv)))
     defaults = dict(RECIPES[o.recipe], **PRESETS.get(o.data, PRESETS["cub"]), out=f"runs/{o.data}")
     if (o.weights or defaults["weights"]) == "toy":
-        defaults["tune"] = "all"  # there is no pretrained file: the small ViT learns along
+        defaults["tune"] = "all"
     for name, value in defaults.items():
         if getattr(o, name) is None:
             setattr(o, name, value)
     o.prototypes = tuple(o.prototypes)
     o.device = o.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_options(o)
     o.amp = has_bf16(o.device) if o.amp is None else o.amp
     o.workers = (8 if o.device.startswith("cuda") else 1) if o.workers is None else o.workers
-    for name in ("epochs", "batch_size", "accumulate"):
-        if getattr(o, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(o, name)}: expected at least 1")
     return o
+
+
+def check_options(o):
+    """One line for what cannot work, before anything is read or written."""
+    least = dict(epochs=1, batch_size=1, accumulate=1, image_size=1, seed=0, workers=0)
+    rates = dict.fromkeys(("lr", "lr_prototypes", "lr_bias", "lr_backbone"), 0)
+    for name, bound in (least | rates).items():
+        value = getattr(o, name)
+        if value is not None and not bound <= value < 2 ** 31:  # not a number is never in a range
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number of at least {bound}")
+    if o.device not in ("cpu", "cuda"):
+        raise ValueError(f"--device {o.device}: expected cpu or cuda; choose a GPU by CUDA_VISIBLE_DEVICES")
+    if o.device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+        raise ValueError(f"--device cuda: {torch.cuda.device_count()} GPUs found; take --device cpu, or start fewer processes")
+    if o.weights == "toy" and o.tune != "all" and not o.bench:
+        raise ValueError(f"--tune {o.tune}: the toy ViT has no pretrained file to stay frozen at; take --tune all")
 
 
 def has_bf16(device):
     """Whether bf16 is native: Ampere and later, or a CPU with AVX512-BF16 or AMX."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_capability()[0] >= 8
-    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
+    tests = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(test() for test in tests if test)
 
 
 # ---------------------------------------------------------------- the losses
@@ -161,7 +182,8 @@ def equivariance(A, back):
 def orthogonality(features):
     """Mean of (Z Z^T - I)^2, Z the row-normalised features of all K final concepts (B, K, D)."""
     Z = F.normalize(features.float(), dim=2)
-    return (Z @ Z.transpose(1, 2) - torch.eye(Z.shape[1], device=Z.device)).square().mean()
+    with torch.autocast(Z.device.type, enabled=False):
+        return (Z @ Z.transpose(1, 2) - torch.eye(Z.shape[1], device=Z.device)).square().mean()
 
 
 class Objective(nn.Module):
@@ -172,7 +194,7 @@ class Objective(nn.Module):
         self.model = model
 
     def forward(self, images, labels, theta):
-        """images (B, 3, S, S), labels (B), theta (2, 3) -> ({name: loss}, number of images classified rightly)."""
+        """images (B, 3, S, S), labels (B), theta (2, 3) -> {name: the eight losses and "loss", their sum}, number right."""
         # The affine view first: only its maps are needed, and what it borrows is given back before the graph is kept.
         back = [data.unwarp(A, theta) for A in self.model(data.warp(images, theta), backbone_graph=False).attention]
         out = self.model(images)
@@ -187,6 +209,7 @@ class Objective(nn.Module):
             "equivariance": sum(map(equivariance, maps, back)) / L,
             "orthogonality": orthogonality(out.features),
         }
+        losses["loss"] = sum(losses.values())  # every weight is 1
         return losses, (out.logits.argmax(1) == labels).sum()
 
 
@@ -239,9 +262,7 @@ def set_random_states(states, device):
 
 def load_run(path, o, classes):
     """The checkpoint --resume goes on from, after checking that it is this run's."""
-    checkpoint = ivpt.read_torch_file(path, "checkpoint")
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "ivpt":
-        raise ValueError(f"checkpoint {path}: not written by train.py; expected a run's last.pt")
+    checkpoint = ivpt.read_checkpoint(path)
     free = {"resume", "overwrite", "device", "workers", "data_root", "out", "weights", "amp", "compile", "bench", "epochs"}
     for name, value in asdict(o).items():
         found = checkpoint["options"].get(name)
@@ -258,7 +279,7 @@ def load_run(path, o, classes):
 def start_processes(o):
     """torchrun's environment -> (device, rank, world); one process alone is rank 0 of 1."""
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device(f"cuda:{local}" if o.device == "cuda" else o.device)
+    device = torch.device(o.device, local if o.device == "cuda" else None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
@@ -271,7 +292,8 @@ def start_processes(o):
 def epoch_batches(dataset, o, epoch, rank, world):
     """This rank's share of an epoch's shuffled batches, a function of the seed alone: (steps, accumulate, images)."""
     steps = len(dataset) // o.batch_size  # the remainder waits for another epoch's shuffle
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(1000 * o.seed + epoch))
+    seed = 1000 * o.seed + epoch  # another order in every epoch and for every seed
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
     return order[:steps * o.batch_size].view(steps, o.accumulate, world, -1)[:, :, rank]
 
 
@@ -291,24 +313,21 @@ def check_run_folder(o):
 
 
 def fetch(o):
-    """Downloads or draws what is missing, once for all processes."""
+    """Downloads or draws what is missing. Every process asks; a file lock lets the first one do it."""
     url = ivpt.weights_url(o.weights)
     if url:
         ivpt.patch_grid(o.image_size, 14)  # a wrong size is said before a gigabyte is fetched
     data.find(o.data, o.data_root)
-    if url:
+    if url and not ivpt.weights_file(url).is_file():
         data.download(url, ivpt.weights_file(url))
 
 
 def train(o):
     """The run that Options describe. Returns the test metrics, or an exit code where it was stopped."""
+    last = check_run_folder(o)
+    fetch(o)  # before the processes meet: their patience with each other is shorter than a download
     device, rank, world = start_processes(o)
     chief = rank == 0
-    last = check_run_folder(o)
-    if chief:
-        fetch(o)
-    if world > 1:
-        dist.barrier()
     folder = data.find(o.data, o.data_root)
     dataset = data.CUB(folder, "train", "train", o.image_size, o.seed)
     if len(dataset) < o.batch_size:
@@ -340,8 +359,13 @@ def train(o):
         print(f"{len(dataset)} training images, {len(dataset.classes)} classes; {trained:,} trained parameters of "
               f"{sum(p.numel() for p in model.parameters()):,}; {device}, {world} process{'es' * (world > 1)}")
         last.with_name("config.json").write_text(json.dumps(asdict(o), indent=1) + "\n")
-        if not o.resume:
-            last.with_name("log.jsonl").write_text("")
+        log = last.with_name("log.jsonl")
+        lines = log.read_text().splitlines(keepends=True) if o.resume and log.is_file() else []
+        log.write_text("".join(lines[:start]))  # what a killed run wrote beyond its checkpoint is written again
+        for name in () if o.resume else ("last.pt", "metrics.json"):  # --overwrite
+            last.with_name(name).unlink(missing_ok=True)
+
+    fingerprint = ivpt.fingerprint(model)
 
     def save_run(epoch, step, sums):
         states = [random_states(device)]
@@ -351,67 +375,65 @@ def train(o):
         if chief:
             save(last, dict(
                 format="ivpt", options=asdict(o), classes=dataset.classes, parts=dataset.parts, epoch=epoch, step=step,
-                sums=sums, model=ivpt.trained_state(model), fingerprint=print_, optimizer=optimizer.state_dict(),
+                sums=sums, model=ivpt.trained_state(model), fingerprint=fingerprint, optimizer=optimizer.state_dict(),
                 scheduler=scheduler.state_dict(), random=states))
 
-    print_ = ivpt.fingerprint(model)
-    stop = []  # signals that arrived
+    stop, bad_in_a_row, steps = [], 0, len(dataset) // o.batch_size
     handlers = {number: signal.signal(number, lambda n, frame: stop.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
-    bad_in_a_row = 0
-    total_steps = (len(dataset) // o.batch_size) * o.epochs
-    with tqdm(total=total_steps, initial=(len(dataset) // o.batch_size) * start + done, disable=not chief, unit="step") as progress:
+    with tqdm(total=steps * o.epochs, initial=steps * start + done, disable=not chief, unit="step") as progress:
         for epoch in range(start, o.epochs):
             model.train()
-            dataset.epoch = epoch
-            batches = epoch_batches(dataset, o, epoch, rank, world)[done:]
-            loader = iter(DataLoader(dataset, batch_size=batches.shape[-1], sampler=batches.flatten().tolist(),
-                                     num_workers=o.workers, pin_memory=device.type == "cuda",
+            dataset.epoch, began = epoch, time.time()
+            batches = epoch_batches(dataset, o, epoch, rank, world)[done:]  # (steps to do, accumulate, images)
+            loader = iter(DataLoader(dataset, batches.shape[2], sampler=batches.flatten().tolist(), num_workers=o.workers,
+                                     pin_memory=device.type == "cuda",
                                      generator=torch.Generator()))  # its own, or a resumed epoch would draw other noise
-            began = time.time()
-            for step in range(done, done + len(batches)):
+            for step in range(done, steps):
+                values = {}
                 optimizer.zero_grad(set_to_none=True)
                 for part in range(o.accumulate):
                     images, labels, _, index = next(loader)
                     images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-                    theta = data.sample_affine()  # one view for the whole batch
+                    theta = data.sample_affine()  # one view for all images of a part
                     last_part = part == o.accumulate - 1
                     with contextlib.nullcontext() if world == 1 or last_part else step_module.no_sync():
                         with torch.autocast(device.type, torch.bfloat16, enabled=o.amp):
                             losses, correct = step_module(images, labels, theta)
-                        loss = sum(losses.values())
-                        (loss / o.accumulate).backward()
-                    for name, value in dict(losses, loss=loss, train_accuracy=100 * correct / len(labels)).items():
-                        sums[name] = sums.get(name, 0) + value.detach() / o.accumulate
+                        (losses["loss"] / o.accumulate).backward()
+                    for name, value in dict(losses, train_accuracy=100 * correct / len(labels)).items():
+                        values[name] = values.get(name, 0) + value.item() / o.accumulate
                 norm = nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), 2.0)
-                if norm.isfinite():  # the same on every rank: the gradients have been averaged
+                bad = not (norm.isfinite() and math.isfinite(values["loss"]))
+                if any_rank(bad, device, world):
+                    bad_in_a_row += 1
+                    names = " ".join(dataset.files[i].name for i in batches[step - done].flatten())
+                    tqdm.write(f"epoch {epoch} step {step}: loss {values['loss']}, gradient norm {norm.item()}: no step taken; "
+                               f"images {names}", file=sys.stderr)
+                else:
                     bad_in_a_row = 0
                     optimizer.step()
-                else:
-                    bad_in_a_row += 1
-                    tqdm.write(f"epoch {epoch} step {step}: loss {loss.item()}, gradient norm {norm.item()}: step left out; images "
-                               + " ".join(dataset.files[i].name for i in index), file=sys.stderr)
-                    if bad_in_a_row == 3:
-                        print(f"error: three such batches in a row; {last} keeps the last good state; lower --lr, or --no-amp",
-                              file=sys.stderr)
-                        return 4
+                    sums = {name: sums.get(name, 0) + value for name, value in dict(values, steps=1).items()}
+                if bad_in_a_row == 3:
+                    kept = f"{last} keeps the last good state" if last.is_file() else "nothing was saved yet"
+                    tqdm.write(f"error: three such batches in a row; {kept}; lower --lr, or take --no-amp", file=sys.stderr)
+                    return 4
+                progress.set_postfix(epoch=epoch, loss=f"{values['loss']:.3f}", refresh=False)
                 progress.update()
-                progress.set_postfix(epoch=epoch, loss=f"{loss.item():.3f}", refresh=False)
                 if any_rank(stop, device, world):
                     save_run(epoch, step + 1, sums)
                     if chief:
-                        print(f"\nstopped by a signal; saved {last}; go on with --resume", file=sys.stderr)
+                        tqdm.write(f"stopped by a signal; saved {last}; go on with --resume", file=sys.stderr)
                     return 3
-            scheduler.step()
-            steps = done + len(batches)
-            line = dict(epoch=epoch, **{k: round(float(v) / steps, 6) for k, v in sums.items()}, lr=optimizer.param_groups[0]["lr"],
-                        seconds=round(time.time() - began, 2))
-            done, sums = 0, {}
-            save_run(epoch + 1, 0, sums)
+            line = dict(epoch=epoch, **{k: round(v / sums["steps"], 6) for k, v in sums.items() if k != "steps"},
+                        lr=optimizer.param_groups[0]["lr"], seconds=round(time.time() - began, 2))
             if chief:
                 with open(last.with_name("log.jsonl"), "a") as log:
                     log.write(json.dumps(line) + "\n")
+            scheduler.step()
+            done, sums = 0, {}
+            save_run(epoch + 1, 0, sums)
     for number, handler in handlers.items():
-        signal.signal(number, handler)  # from here on a signal ends the program: everything is saved
+        signal.signal(number, handler)  # everything is saved: from here on a signal ends the program
 
     recipe = {name: getattr(o, name) for name in ("recipe", "bias", "fusion", "tune")}
     metrics = evaluate.evaluate(model.eval(), folder, o.image_size, workers=o.workers, amp=o.amp, seed=o.seed, recipe=recipe)
@@ -422,11 +444,11 @@ def train(o):
     return metrics
 
 
-def any_rank(stop, device, world):
-    """Whether a signal reached any process: all must leave the loop at the same step."""
+def any_rank(flag, device, world):
+    """Whether it is so on any process: all must do the same, or they would wait for each other for ever."""
     if world == 1:
-        return bool(stop)
-    flag = torch.tensor(len(stop), device=device)
+        return bool(flag)
+    flag = torch.tensor(int(bool(flag)), device=device)
     dist.all_reduce(flag)
     return bool(flag)
 
@@ -454,7 +476,7 @@ def bench(o):
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=o.amp):
             losses, _ = objective(images, labels, data.sample_affine())
-        sum(losses.values()).backward()
+        losses["loss"].backward()
         nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), 2.0)
         optimizer.step()
 
@@ -514,16 +536,21 @@ def main():
         o = parse()
         result = bench(o) if o.bench else train(o)
     except torch.OutOfMemoryError as error:
-        print(f"error: out of memory ({str(error).splitlines()[0][:90]}); lower --batch-size, raise --accumulate, or lower "
-              "--image-size", file=sys.stderr)
-        sys.exit(2)
-    except (ValueError, OSError) as error:  # a user's mistake is one line; a worker's arrives with its traceback before it
-        print("error:", str(error).strip().splitlines()[-1].removeprefix("ValueError: "), file=sys.stderr)
-        sys.exit(2)
+        result = fail(f"out of memory ({str(error).splitlines()[0][:90]}); lower --batch-size, raise --accumulate, or lower "
+                      "--image-size")
+    except (ValueError, OSError) as error:  # a user's mistake; a loader process hands it on with its traceback before it
+        result = fail(re.sub(r"^\w+Error: ", "", (str(error).strip() or repr(error)).splitlines()[-1]))
+    except KeyboardInterrupt:
+        result = fail("interrupted; what training saved stands, see --resume and evaluate.py --ckpt") + 128
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def fail(message):
+    print("error:", message, file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
