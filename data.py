@@ -22,8 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 IMAGENET_MEAN, IMAGENET_STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
@@ -37,16 +36,15 @@ CUB_MD5 = "97eceeb196236b17998738112f37df78"
 # ---- 1. Finding, fetching, unpacking ---------------------------------------------------------------------------------
 def find(data, data_root=None):
     """-> the folder of `data` in CUB's layout: "toy" is drawn at first use, "cub" downloaded, verified and unpacked.
-
-    `data_root` (default ~/.cache/ivpt) is where it lies or will lie; or a CUB folder itself.
-    """
+    `data_root` (default ~/.cache/ivpt) is where it lies or will lie; or a CUB folder itself."""
     root = Path(data_root or "~/.cache/ivpt").expanduser()
     if data == "toy":                                       # other settings, other folder: a change is never ignored
         folder = root / f"toy-v1-{zlib.crc32(repr((TOY, TOY_SPECIES, TOY_LOOKS)).encode()):08x}"
         return folder if not missing(folder) else build(folder, draw_toy)
     if data != "cub":
         raise ValueError(f"--data {data}: no such data set, expected toy or cub")
-    folder = root if (root / "images.txt").is_file() else root / "CUB_200_2011"
+    itself = any((root / name).exists() for name in (*LISTS, "images"))     # even half of one: nothing goes into it
+    folder = root if itself else root / "CUB_200_2011"
     archive, lack = root / "CUB_200_2011.tgz", missing(folder)
     if not lack:
         return folder
@@ -223,9 +221,7 @@ def bar(x0, y0, x1, y1, width):
 
 def bird(code, rng):
     """-> one bird's shapes [(points (n, 2), colour)] from back to front, and its key points (8, 2).
-
-    It looks right, y points down, its body is 2 long and lies on the origin; head, tail, wing and legs turn in joints.
-    """
+    It looks right, y points down, its body is 2 long and on the origin; head, tail, wing and legs turn in joints."""
     look = dict(zip(TOY_LOOKS, map(int, code)))
     colour = {part: np.array(TOY_LOOKS[part][k]) * rng.uniform(0.92, 1.06) for part, k in look.items()}
     coat = 0.4 * colour["wing"] + 0.6 * np.array((206, 196, 184))           # back and head: a pale shade of the wing
@@ -343,16 +339,21 @@ def draw_toy(folder):
 
 
 # ---- 3. Images: reading, resizing, normalising -----------------------------------------------------------------------
-def read_image(path):
-    """-> an RGB PIL image of any file that Pillow reads. EXIF rotation is ignored: annotations are in stored pixels."""
+def read_image(path, upright=False):
+    """-> an RGB PIL image of any file that Pillow reads; 16 bit scaled, transparency on white. upright: EXIF rotation
+    applied, as viewers do. Without it pixels lie as stored, which is what annotations refer to."""
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):                  # 16-bit grey, which convert() would clip at 255
-                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file) if upright else file
+            if image.mode[0] in "IF":                       # 16 bit or 0 to 1: convert() would clip it at 255
+                values = np.asarray(image) * (1 / 256 if image.mode[0] == "I" else 255)
+                image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return image.convert("RGB")
     except Exception as error:                              # Pillow's plugins raise a dozen kinds
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: not a readable image ({reason}); replace it or take it off the lists") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: not a readable image ({reason}); expected a JPEG, PNG or the like") from None
 
 
 def short_side(width, height, size):
@@ -367,6 +368,12 @@ def resize_short(image, size):
 def centre_crop(image, size):
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return image.crop((left, top, left + size, top + size))
+
+
+def test_points(points, size, S):
+    """Points (M, 2) of an image of that size, width and height -> where its test view, S x S, shows them."""
+    short = np.array(short_side(*size, S))
+    return points * short / size - np.round((short - S) / 2)
 
 
 def to_tensor(image):
@@ -395,18 +402,15 @@ def read_list(path, columns):
         reason = getattr(error, "strerror", None) or "not a text file"
         raise FileNotFoundError(f"{path}: {reason}; a CUB folder holds {', '.join(LISTS)} and images/") from None
     rows = [line.split(maxsplit=columns - 1) for line in lines if line.strip()]
-    for row in rows:
-        if len(row) != columns:
-            raise ValueError(f"{path}: {len(row)} fields in {' '.join(row)[:60]!r}, not {columns}; unpack it again")
+    if row := next((row for row in rows if len(row) != columns), None):
+        raise ValueError(f"{path}: {len(row)} fields in {' '.join(row)[:60]!r}, not {columns}; unpack it again")
     return rows
 
 
 def augmentation(width, height, size, rng):
     """A random 3x3 matrix from an image of width x height, its short side `size`, to its size x size training view.
-
     Flip, rotation up to +-90 degrees, shift up to 0.2 of the sides and scale 0.8 to 1.2 about the centre, random crop:
-    one matrix, so that pixels are interpolated once and key points go the same way.
-    """
+    one matrix, so that pixels are interpolated once and key points go the same way."""
     flip, angle, scale = rng.choice((-1, 1)), rng.uniform(-math.pi / 2, math.pi / 2), rng.uniform(0.8, 1.2)
     shift = rng.uniform(-0.2, 0.2, 2) * (width, height)
     corner = rng.integers(0, (width - size + 1, height - size + 1))
@@ -446,9 +450,8 @@ class CUB(torch.utils.data.Dataset):
         try:
             keys = [key for key in images if (int(splits[key][0]) == 1) == train]
             self.labels = torch.tensor([label[labels[key][0]] for key in keys], dtype=torch.long)                # (n,)
-            rows = [[float(value) for value in boxes[key]] for key in keys]
-            position, self.keypoints = {key: i for i, key in enumerate(keys)}, torch.zeros(len(keys), len(parts), 3)
-            values = self.keypoints.numpy()                                                                  # (n, M, 3)
+            rows = np.array([[float(value) for value in boxes[key]] for key in keys])                           # (n, 4)
+            position, values = {key: i for i, key in enumerate(keys)}, np.zeros((len(keys), len(parts), 3))
             for key, m, x, y, visible in read_list(points, 5) if parts else ():
                 if key in position:
                     values[position[key], part[m]] = float(x), float(y), float(visible)
@@ -457,17 +460,17 @@ class CUB(torch.utils.data.Dataset):
                              "unpack the data set again") from None
         if not keys:
             raise ValueError(f"{self.folder}/train_test_split.txt: no image for {'training' if train else 'testing'}")
+        for name, table in (("bounding_boxes.txt", rows), ("parts/part_locs.txt", values)):
+            if not (np.abs(table) <= 1e5).all():            # nan is not, either
+                raise ValueError(f"{self.folder / name}: holds nan or a number beyond 1e5; unpack the data set again")
         self.files = [self.folder / "images" / images[key][0] for key in keys]
-        self.boxes = torch.tensor(rows)                                                                        # (n, 4)
-        self.corners = [[int(value) for value in (x, y, x + w, y + h)] for x, y, w, h in rows]
+        self.boxes, self.keypoints = torch.from_numpy(rows).float(), torch.from_numpy(values).float()       # (n, M, 3)
+        self.corners = np.hstack((rows[:, :2], rows[:, :2] + rows[:, 2:])).astype(int)       # (n, 4) x, y, x + w, y + h
 
     def _reserve(self):
-        """Memory for the decoded training images, where they fit. ms per image, CUB with short side 256, one core of an
-        AMD EPYC (both cores busy, best of 5): 4.9 decoded, 2.0 from here at 224 px; 8.1 and 7.8 at 518; toy at 112 0.7.
-
-        An image is decoded at its first use by whichever worker needs it. The pages are shared, so that the workers of
-        later epochs (new processes, forked from this one) find it; nobody waits at the start and nothing is copied.
-        """
+        """Memory for the decoded training images, where they fit: 2.0 instead of 4.9 ms an image (CUB at 224 px, one
+        core of an AMD EPYC). The first worker to need an image decodes it; the pages are shared, so that the workers of
+        later epochs, forked from this process, find it."""
         n, slot, self.cache = len(self.files), 6 * self.image_size ** 2, None         # untouched pages take no memory
         if self.view == "train" and 0.7 * n * slot <= CACHE_BYTES:            # images are 1.4 times as long as high
             self.cache = np.frombuffer(mmap.mmap(-1, n * slot), np.uint8).reshape(n, slot)
@@ -481,29 +484,31 @@ class CUB(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         index = range(len(self))[index]                     # IndexError where there is none
+        return self.item(index, self._stored(index) if self.view == "train" else read_image(self.files[index]))
+
+    def item(self, index, image):
+        """The item of an image that is decoded already: evaluate.py has two views of each."""
         points = self.keypoints[index].double().numpy()                                                        # (M, 3)
-        image, points[:, :2] = getattr(self, f"_{self.view}_view")(index, points[:, :2])
+        image, points[:, :2] = getattr(self, f"_{self.view}_view")(index, image, points[:, :2])
         if self.view != "box":
             points[:, 2] *= ((points[:, :2] >= 0) & (points[:, :2] < self.image_size)).all(1)
         return to_tensor(image), int(self.labels[index]), torch.from_numpy(points).float(), index
 
-    def _train_view(self, index, points):
-        S, (image, original) = self.image_size, self._stored(index)
+    def _train_view(self, index, stored, points):
+        S, (image, original) = self.image_size, stored
         size = np.array(short_side(*original, S))
         matrix = augmentation(*size, S, np.random.default_rng((self.seed, self.epoch, index)))
         inverse = np.linalg.inv(matrix @ np.diag((*size / image.size, 1)))
         image = image.transform((S, S), Image.Transform.AFFINE, inverse[:2].ravel(), Image.Resampling.BILINEAR)
         return image, points * size / original @ matrix[:2, :2].T + matrix[:2, 2]
 
-    def _test_view(self, index, points):
-        image, S = read_image(self.files[index]), self.image_size
-        size = np.array(short_side(*image.size, S))
-        return centre_crop(resize_short(image, S), S), points * size / image.size - np.round((size - S) / 2)
+    def _test_view(self, index, image, points):
+        S = self.image_size
+        return centre_crop(resize_short(image, S), S), test_points(points, image.size, S)
 
-    def _box_view(self, index, points):
-        image, S = read_image(self.files[index]), self.image_size
-        low, high = np.reshape(self.corners[index], (2, 2))
-        high = np.maximum(high, low + 1)                    # none may be empty; where a box overruns the image, it is black
+    def _box_view(self, index, image, points):
+        S, (low, high) = self.image_size, self.corners[index].reshape(2, 2)
+        high = np.maximum(high, low + 1)                    # none may be empty; beyond the image it is black
         image = image.crop((*low.tolist(), *high.tolist())).resize((S, S), Image.Resampling.BILINEAR)
         return image, np.trunc(FRAME * (points - low) / (high - low))
 
@@ -526,9 +531,8 @@ class CUB(torch.utils.data.Dataset):
 def sample_affine(generator=None):
     """-> theta (2, 3), a random similarity T of the square [-1, 1]^2 that moves p to theta[:, :2] p + theta[:, 2]:
     rotation up to +-90 degrees, shift up to 0.11 of the side, scale 0.8 to 1.4."""
-    angle, scale, x, y = (torch.rand(4, generator=generator).double() * 2 - 1).tolist()
-    angle, scale = angle * math.pi / 2, 1.1 + 0.3 * scale
-    cos, sin = scale * math.cos(angle), scale * math.sin(angle)
+    turn, grow, x, y = (torch.rand(4, generator=generator).double() * 2 - 1).tolist()
+    cos, sin = ((1.1 + 0.3 * grow) * f(turn * math.pi / 2) for f in (math.cos, math.sin))
     return torch.tensor(((cos, -sin, 0.22 * x), (sin, cos, 0.22 * y)))                  # the side of the square is 2
 
 
@@ -554,9 +558,10 @@ def main():
     train, test = (CUB(folder, split, "test", 128) for split in ("train", "test"))
     print(f"{folder}: {len(train)} + {len(test)} images, {len(test.classes)} classes, parts: {', '.join(test.parts)}")
     if args.sheet:
-        rows = [[int(i) for i in (test.labels == c).nonzero()[:3]] for c in test.labels.unique()[:10]]
-        images = [denormalize(test[i][0]) for column in zip(*rows) for i in column]
-        torchvision.utils.save_image(torch.stack(images) / 255, args.sheet, nrow=len(rows))
+        from torchvision.utils import save_image            # slow to import, and needed here alone
+        rows = [(test.labels == c).nonzero()[:3, 0].tolist() for c in test.labels.unique()[:10]]
+        images = torch.stack([denormalize(test[i][0]) for column in zip(*rows) for i in column])
+        save_image(images / 255, args.sheet, nrow=len(rows))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,11 @@
 """
 import argparse
 import colorsys
+import contextlib
 import html
 import json
+import math
+import re
 import sys
 import tempfile
 import time
@@ -17,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
@@ -31,11 +34,9 @@ NOISE_STD, NOISE_CLIP, RANDOM_DRAWS = 0.2, 0.25, 10  # of the noise on the norma
 # ---- 1. The metrics: from maps to peaks, from peaks to hit parts, from hits to percentages ---------------------------
 def find_peaks(maps):
     """maps (n, K, h, w) -> (n, K, 2): x, y of each map's first maximum, row by row, once upsampled to FRAME x FRAME.
-
     Bicubic with half-pixel centres, in fp64 and rounded to fp32, so that equal patches tie exactly: U = Wy A Wx'. The
     rows of Wx sum to 1 with at most `negative` below zero, so row y of U stays under max + negative (max - min) of
-    (Wy A)[y]. A row bounded below the best row's maximum cannot hold the peak and is not computed; few are.
-    """
+    (Wy A)[y]. A row bounded below the best row's maximum cannot hold the peak and is not computed; few are."""
     n, K, h, w = maps.shape
     if n > 8:                                                               # what fits the cache is faster
         return torch.cat([find_peaks(part) for part in maps.split(8)])
@@ -96,12 +97,12 @@ def agreement(counts):
     counts, total = counts.double(), counts.sum().item()
     if total < 2:
         return None, None
-    joint_and_margins = counts, counts.sum(1), counts.sum(0)
-    H, Hr, Hp = (-torch.special.xlogy(c / total, c / total).sum().item() for c in joint_and_margins)
-    same, r, p = ((c * (c - 1) / 2).sum().item() for c in joint_and_margins)
-    expected, most = r * p / (total * (total - 1) / 2), (r + p) / 2
-    nmi = 200 * max(0, Hr + Hp - H) / (Hr + Hp) if Hr + Hp > 0 else 100.0   # one region and one part: they agree
-    return nmi, 100 * (same - expected) / (most - expected) if most != expected else 100.0
+    tables = counts, counts.sum(1), counts.sum(0)                           # (regions, parts), (regions,), (parts,)
+    H_both, H_region, H_part = (-torch.special.xlogy(c / total, c / total).sum().item() for c in tables)
+    both, region, part = ((c * (c - 1) / 2).sum().item() for c in tables)   # pairs of samples that share a cell
+    expected, most, H = region * part / (total * (total - 1) / 2), (region + part) / 2, H_region + H_part
+    nmi = 200 * max(0, H - H_both) / H if H > 0 else 100.0                  # one region and one part: they agree
+    return nmi, 100 * (both - expected) / (most - expected) if most != expected else 100.0
 
 
 # ---- 2. The three views of a test image ------------------------------------------------------------------------------
@@ -111,31 +112,29 @@ class Views(Dataset):
 
     def __init__(self, folder, split, image_size, seed, grid):
         self.test, self.box = (data.CUB(folder, split, view, image_size) for view in ("test", "box"))
-        self.test.cache = self.box.cache = None                             # each image is read once: nothing to keep
         self.seed, self.grid, self.size = seed, grid, image_size
 
     def __len__(self):
         return len(self.test)
 
     def __getitem__(self, index):
-        (image, label, points, _), (clean, _, box_points, _) = self.test[index], self.box[index]
+        file = data.read_image(self.test.files[index])                      # decoded once for all views
+        (image, label, points, _), (clean, _, box_points, _) = self.test.item(index, file), self.box.item(index, file)
         noise = np.random.default_rng((self.seed, index)).standard_normal(clean.shape, np.float32) * NOISE_STD
         noisy = clean + torch.from_numpy(noise).clamp_(-NOISE_CLIP, NOISE_CLIP)
         h, w = self.grid
         x, y = (points[:, :2].T * torch.tensor(((w,), (h,))) / self.size).long()
         patch = torch.where(points[:, 2] > 0, y.clamp(max=h - 1) * w + x.clamp(max=w - 1), -1)     # of each key point
         return dict(image=image, clean=clean, noisy=noisy, label=label, points=box_points, patch=patch,
-                    inside=self.inside(index), index=index)
+                    inside=self.inside(index, file.size), index=index)
 
-    def inside(self, index):
-        """The patches of the test view (short side resized, centre crop) whose centre is in the box: (N,) 0 or 1."""
-        with Image.open(self.test.files[index]) as file:                    # reads the header alone
-            W, H = file.size
-        (width, height), (x, y, w, h) = data.short_side(W, H, self.size), self.test.boxes[index]
-        rows, columns = ((torch.arange(side) + 0.5) * self.size / side for side in self.grid)              # in the view
-        rows, columns = rows + round((height - self.size) / 2), columns + round((width - self.size) / 2)
-        rows, columns = rows * H / height, columns * W / width                                             # in the file
-        return (((rows >= y) & (rows <= y + h))[:, None] & (columns >= x) & (columns <= x + w)).flatten().long()
+    def inside(self, index, size):
+        """The patches of the test view whose centre is in the box, in an image of that size: (N,) 0 or 1."""
+        x, y, w, h = self.test.boxes[index].tolist()
+        low, high = data.test_points(np.array(((x, y), (x + w, y + h))), size, self.size)                  # in the view
+        centres = ((np.arange(side) + 0.5) * self.size / side for side in self.grid)               # of rows, of columns
+        rows, columns = ((low[axis] <= centre) & (centre <= high[axis]) for axis, centre in zip((1, 0), centres))
+        return torch.from_numpy(np.outer(rows, columns)).flatten().long()
 
 
 # ---- 3. What is kept of a concept layer: peaks and counts, never the maps --------------------------------------------
@@ -152,20 +151,20 @@ class Tally:
         """Maps (B, K, h, w) of the three views; inside (B, N) and patch (B, M) as Views has them."""
         region, (K, M) = attention.argmax(1).flatten(1).cpu(), self.at_points.shape                         # (B, N)
         self.patches += torch.bincount((inside * K + region).flatten(), minlength=2 * K).view(2, K)
-        pairs = (region.gather(1, patch.clamp(min=0)) * M + torch.arange(M))[patch >= 0]
-        self.at_points += torch.bincount(pairs, minlength=K * M).view(K, M)
+        cells = (region.gather(1, patch.clamp(min=0)) * M + torch.arange(M))[patch >= 0]    # of the table region x part
+        self.at_points += torch.bincount(cells, minlength=K * M).view(K, M)
         self.peaks.append(torch.stack([find_peaks(maps[:, :-1]).cpu() for maps in (clean, noisy)]))
         self.mean_map += clean[:, :-1].sum(0, dtype=torch.float64).cpu()
 
     def summary(self, keypoints, labels, parts, seed):
         """The layer's metrics and controls. keypoints (n, M, 3) in the box view's frame.
-
         constant_location: each map replaced by its mean over the test images, one spot for all of them.
         random_location: peaks drawn anew for every image. foreground: share of patches won by a concept.
-        winning: share of concepts that win any patch. peak_spread: root mean square distance from the mean peak.
-        nmi, ari: the region at a visible key point against its part, over all of the test view, background counting as
-        a region (Choudhury et al. 2021; van der Klis et al. 2023). parts_hit: per prototype, percent of the images.
-        """
+        winning: share of concepts, the background not among them, that win any patch. peak_spreads: per concept, root
+        mean square distance of its peaks from their mean; peak_spread: the mean of these. nmi, ari: the region at a
+        visible key point against its part, over all of the test view, background counting as a region: the variant of
+        Choudhury et al. (2021) and van der Klis et al. (2023) for birds, which have key points and no part masks, so
+        that no other patch has a true part. parts_hit: per concept, the three parts it hits in most of their images."""
         peaks, noisy_peaks = torch.cat(self.peaks, 1)                                                     # (n, K-1, 2)
         n, concepts, _ = peaks.shape
         spread = peaks.double().var(0, correction=0).sum(1).sqrt()
@@ -181,14 +180,15 @@ class Tally:
         constant = hits_of(find_peaks(self.mean_map[None] / n).expand(n, -1, -1), keypoints)
         rng = np.random.default_rng(seed)
         drawn = (hits_of(torch.from_numpy(rng.integers(0, FRAME, peaks.shape)), keypoints) for _ in range(RANDOM_DRAWS))
+        chance = np.mean([consistency(random, visible, labels) for random in drawn]).item()
         score, spot = consistency(hits, visible, labels), consistency(constant, visible, labels)
-        share = 100 * hits.sum(0).double() / visible.sum(0).clamp(min=1)                                    # (K-1, M)
-        order = share.argsort(dim=1, descending=True, stable=True)[:, :3].tolist()
-        return result | dict(zip(PART_METRICS, (
-            score, stability(hits, noisy_hits, labels), spot, score - spot,
-            float(np.mean([consistency(random, visible, labels) for random in drawn])),
-            *agreement(self.at_points),
-            [[[parts[m], share[k, m].item()] for m in row] for k, row in enumerate(order)])))
+        shares = 100 * hits.sum(0).double() / visible.sum(0).clamp(min=1)                                   # (K-1, M)
+        best = shares.argsort(dim=1, descending=True, stable=True)[:, :3]
+        nmi, ari = agreement(self.at_points)
+        return result | dict(
+            consistency=score, stability=stability(hits, noisy_hits, labels), constant_location=spot,
+            over_constant=score - spot, random_location=chance, nmi=nmi, ari=ari,
+            parts_hit=[[[parts[m], row[m].item()] for m in top] for row, top in zip(shares, best)])
 
 
 PART_METRICS = "consistency stability constant_location over_constant random_location nmi ari parts_hit".split()
@@ -200,21 +200,14 @@ def percent(part, whole):
 
 
 def join_ranks(correct, keypoints, tallies, world):
-    """What every rank counted on images rank, rank + world, ...: as if one process had seen them all in their order."""
+    """What every process counted on its run of images: as if one had seen them all in their order."""
     shards = [None] * world
     dist.all_gather_object(shards, (correct, keypoints, tallies))
-
-    def woven(pieces):
-        whole = pieces[0].new_empty(sum(map(len, pieces)), *pieces[0].shape[1:])
-        for rank, piece in enumerate(pieces):
-            whole[rank::world] = piece
-        return whole
-    for i, tally in enumerate(tallies):
-        same = [shard[2][i] for shard in shards]
-        tally.peaks = [woven([torch.cat(t.peaks, 1).transpose(0, 1) for t in same if t.peaks]).transpose(0, 1)]
-        tally.mean_map, tally.patches, tally.at_points = (sum(getattr(t, name) for t in same)
-                                                          for name in ("mean_map", "patches", "at_points"))
-    return sum(shard[0] for shard in shards), woven([shard[1] for shard in shards]), tallies
+    correct, keypoints, tallies = zip(*shards)
+    for whole, *others in zip(*tallies):                                    # a layer's tally of every process
+        for name in vars(whole):                                            # lists of peaks, tables of counts: all add
+            setattr(whole, name, sum((getattr(tally, name) for tally in others), getattr(whole, name)))
+    return sum(correct), torch.cat(keypoints), tallies[0]
 
 
 # ---- 4. The evaluation: one pass, three forwards an image ------------------------------------------------------------
@@ -222,19 +215,19 @@ def join_ranks(correct, keypoints, tallies, world):
 def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, seed=0, split="test", progress=True,
              recipe=None, gallery=None):
     """Accuracy, and every concept layer's metrics, on a split of the CUB-layout folder -> dict, as in metrics.json.
-
     amp: bf16 autocast. progress: bar and timing on the terminal. recipe: names the method in the protocol. gallery: a
-    Gallery, shown every batch. Without key points what needs them is None, and "unavailable" says why.
-    """
+    Gallery, shown every batch. Without key points what needs them is None, and "unavailable" says why."""
     device, training = next(model.parameters()).device, model.training
     views = Views(folder, split, image_size, seed, model.grid)
-    parts, n, correct, keypoints, seconds = views.test.parts, len(views), 0, [], np.zeros(2)
+    parts, n, correct, keypoints, model_seconds, metric_seconds = views.test.parts, len(views), 0, [], 0.0, 0.0
     tallies = [Tally(K, model.grid, len(parts)) for K in model.prototypes]
     model.eval()
-    several = dist.is_available() and dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-    loader = DataLoader(Subset(views, range(rank, n, world)), batch_size, num_workers=workers)  # every image counted once
-    for batch in tqdm(loader, split, disable=not progress or rank > 0, leave=False):
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    progress = progress and rank == 0
+    if progress and not parts:
+        print("warning:", NO_PARTS, file=sys.stderr)
+    mine = Subset(views, range(n * rank // world, n * (rank + 1) // world))  # every image counted once
+    for batch in tqdm(DataLoader(mine, batch_size, num_workers=workers), split, disable=not progress, leave=False):
         began = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             outputs = [model(batch[view].to(device)) for view in ("image", "clean", "noisy")]
@@ -243,7 +236,8 @@ def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, see
         for tally, *maps in zip(tallies, *(output.attention for output in outputs)):
             tally.add(*maps, batch["inside"], batch["patch"])
         keypoints.append(batch["points"])
-        seconds += forwards - began, time.perf_counter() - forwards
+        model_seconds += forwards - began
+        metric_seconds += time.perf_counter() - forwards
         if gallery:
             gallery.add(outputs[0], batch)
     model.train(training)
@@ -251,14 +245,15 @@ def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, see
     if world > 1:
         correct, keypoints, tallies = join_ranks(correct, keypoints, tallies, world)
     layers = [tally.summary(keypoints, views.test.labels, parts, (seed, i)) for i, tally in enumerate(tallies)]
-    seconds[1] += time.perf_counter() - began
-    if progress and rank == 0:
-        print(f"{n} images: forwards {seconds[0]:.1f} s, metrics {seconds[1]:.1f} s ({percent(*seconds[::-1]):.1f} %)")
+    metric_seconds += time.perf_counter() - began
+    if progress:
+        print(f"{n} images: forwards {model_seconds:.1f} s, metrics {metric_seconds:.1f} s "
+              f"({percent(metric_seconds, model_seconds):.1f} %)")
     head = max(0, len(layers) - 3)                       # the released program reports the third layer from the end
     return dict(
         accuracy=100 * correct / n, layers=layers, unavailable=None if parts else NO_PARTS,
         headline=dict(layer=head, consistency=layers[head]["consistency"], stability=layers[head]["stability"]),
-        protocol=dict(recipe=recipe, split=split, images=n, classes=len(views.test.classes),
+        protocol=dict(recipe=recipe, data=Path(folder).name, split=split, images=n, classes=len(views.test.classes),
                       classes_with_images=len(views.test.labels.unique()), parts=len(parts), image_size=image_size,
                       grid=list(model.grid), prototypes=list(model.prototypes), headline_layer=head, amp=bool(amp),
                       frame=FRAME, half_size=HALF_SIZE, threshold=THRESHOLD, upsampling="bicubic, half-pixel centres",
@@ -267,12 +262,14 @@ def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, see
 
 COLUMNS = (("K", "prototypes", "d"), ("consist", "consistency", ".1f"), ("const.loc", "constant_location", ".1f"),
            ("random", "random_location", ".1f"), ("beats c.", "over_constant", "+.1f"), ("stable", "stability", ".1f"),
-           ("spread", "peak_spread", ".0f"), ("winning", "winning", ".0f"), ("fg in", "foreground_inside", ".1f"),
-           ("fg out", "foreground_outside", ".1f"), ("NMI", "nmi", ".1f"), ("ARI", "ari", ".1f"))
+           ("spread", "peak_spread", ".0f"), ("winning", "winning", ".0f"), ("fg", "foreground", ".1f"),
+           ("fg in", "foreground_inside", ".1f"), ("fg out", "foreground_outside", ".1f"), ("NMI", "nmi", ".1f"),
+           ("ARI", "ari", ".1f"))
 LEGEND = """* the headline. const.loc: consistency of one fixed spot, the peak of each prototype's mean map; random: of
-random spots; beats c.: consistency above const.loc. stable: stability; a spot that never moves has 100. spread: of the
-peaks, px of 224. winning: concepts that win any patch. fg in, out: patches won by concepts inside and outside the box.
-NMI, ARI: regions against parts at the key points. All in percent, but K and spread."""
+random spots; beats c.: consistency above const.loc. stable: stability; a spot that never moves has 100. spread: root
+mean square distance of a concept's peaks from their mean, px of 224, averaged over the concepts. winning: concepts
+that win any patch, the background not among them. fg, fg in, fg out: patches won by concepts, in all, inside and
+outside the box. NMI, ARI: regions against parts at the visible key points. All in percent, but K and spread."""
 
 
 def print_table(metrics):
@@ -281,13 +278,14 @@ def print_table(metrics):
     for i, layer in enumerate(metrics["layers"]):
         cells = ("-" if layer[key] is None else format(layer[key], form) for _, key, form in COLUMNS)
         print(f"{i + 1:>5}{' *'[i == metrics['headline']['layer']]}" + "".join(f"{cell:>10}" for cell in cells))
-    print(metrics["unavailable"] and f"not available: {metrics['unavailable']}" or LEGEND)
+    print(f"not available: {metrics['unavailable']}" if metrics["unavailable"] else LEGEND)
 
 
 # ---- 5. Pictures: regions in colour, concepts in the spotlight -------------------------------------------------------
 COLOURS = 255 * np.array([colorsys.hsv_to_rgb((k * 3 + k // 8 / 2) % 8 / 8, 0.85 - k // 16 / 9, (0.95, 0.6)[k // 8 % 2])
                           for k in range(64)])                              # concept k has COLOURS[k % 64]
-CHIP = "<i style='background:var(--c{})'></i>".format
+CSS = ["rgb({:.0f},{:.0f},{:.0f})".format(*colour) for colour in COLOURS]
+CHIP = "<i style='background:{}'></i>".format
 
 
 def enlarge(region, S):
@@ -354,15 +352,17 @@ class Gallery:
 
     def draw(self, folder, dataset):
         """The pictures: nine tiles for each prototype, a strip for each example. dataset: the test view."""
+        def picture(index):
+            image, _, points, _ = dataset[index]
+            return data.denormalize(image).permute(1, 2, 0).numpy(), points.tolist()
+
         for l, (strength, index, patches) in enumerate(self.best):
             for k, rank in (strength > 0).nonzero().tolist():
-                picture = data.denormalize(dataset[index[k, rank]][0]).permute(1, 2, 0).numpy()
-                tile = spotlight(picture, patches[k, rank].numpy(), k)
+                tile = spotlight(picture(index[k, rank])[0], patches[k, rank].numpy(), k)
                 tile.save(folder / f"concept_{l + 1}_{k + 1}_{rank}.jpg", quality=88)
         for index, (regions, _, _) in self.examples.items():
-            picture = data.denormalize(dataset[index][0]).permute(1, 2, 0).numpy()
-            row = strip(picture, regions, self.prototypes, 190, dataset[index][2].tolist())
-            row.save(folder / f"image_{index}.jpg", quality=88)
+            pixels, points = picture(index)
+            strip(pixels, regions, self.prototypes, 190, points).save(folder / f"image_{index}.jpg", quality=88)
 
     def write(self, folder, metrics, dataset, log):
         """folder/index.html and its pictures. dataset: the test view; log: the run's log.jsonl."""
@@ -372,43 +372,46 @@ class Gallery:
                         Hierarchy=self.hierarchy(), Training=curves(log))
         links = "".join(f"<a href='#{title}'>{title}</a>" for title in sections)
         body = "".join(f"<h2 id={title}>{title}</h2>{text}" for title, text in sections.items())
-        colours = "".join("--c{}:rgb({:.0f},{:.0f},{:.0f});".format(k, *colour) for k, colour in enumerate(COLOURS))
         (folder / "index.html").write_text(
-            f"<!doctype html><meta charset=utf-8><title>IVPT</title><style>:root{{{colours}}}{STYLE}</style>"
+            f"<!doctype html><meta charset=utf-8><title>IVPT</title><style>{STYLE}</style>"
             f"<h1>What each concept sees</h1><nav>{links}</nav>{body}\n", encoding="utf-8")
 
     def regions(self, dataset):
         names = [html.escape(name.split(".", 1)[-1].replace("_", " ")) for name in dataset.classes]
+        chips = "".join(f"{CHIP(CSS[k % 64])}{k + 1} " for k in range(max(self.prototypes) - 1))
         text = (f"<p>From left: the image with its key points, layers 1 to {len(self.best)}. Every patch goes to the "
-                "concept that claims it most; pale is background.</p><p>Concepts of each layer: "
-                + "".join(f"{CHIP(k)}{k + 1} " for k in range(max(self.prototypes) - 1)) + "</p>"
-                + ("" if dataset.parts else "<p>The data has no key points: no dots, and no part names below.</p>"))
+                f"concept that claims it most; pale is background.</p><p>Concepts: {chips}<br>Numbers and colours "
+                "start afresh in every layer.</p>"
+                + "<p>The data has no key points: no dots, and no part names below.</p>" * (not dataset.parts))
         for index, (_, guess, chance) in sorted(self.examples.items()):
             truth = int(dataset.labels[index])
-            verdict = "right>✓" if guess == truth else f"wrong>✗ truly {names[truth]}"
+            look, mark = ("right", "✓") if guess == truth else ("wrong", "✗")
             text += (f"<figure><img src='pictures/image_{index}.jpg' alt=''>predicted <b>{names[guess]}</b> "
-                     f"({100 * chance:.0f} %) <span class={verdict}</span></figure>")
+                     f"({100 * chance:.0f} %) <span class={look}>{mark} truly {names[truth]}</span></figure>")
         return text
 
     def concepts(self, layers):
-        text = ("<p>The nine test images in which each prototype claims most: its patches in colour. Behind "
-                "a part: in how many of the images that show it the region around the peak covers it.</p>")
+        text = ("<p>The nine test images in which each prototype claims most: its patches in colour. Behind a part: in "
+                "how many of the images that show it the metrics' window covers it, the 73 x 73 of the box's 224 x 224 "
+                "pixels around the peak of the concept's map, whatever its region.</p>")
         for l, layer in enumerate(layers, 1):
             silent = ", ".join(str(k + 1) for k, won in enumerate(layer["wins"][:-1]) if not won)
             text += f"<h3>Layer {l}</h3>" + f"<p>Never win a patch: {silent}.</p>" * bool(silent) + "<div class=cards>"
             for k in np.flatnonzero(layer["wins"][:-1]):
+                parts = ", ".join(f"{part} {share:.0f} %" for part, share in (layer["parts_hit"] or {k: ()})[k])
                 tiles = "".join(f"<img src='pictures/concept_{l}_{k + 1}_{rank}.jpg' alt=''>"
                                 for rank in range((self.best[l - 1][0][k] > 0).sum()))
-                parts = ", ".join(f"{part} {share:.0f} %" for part, share in (layer["parts_hit"] or {k: ()})[k])
-                text += (f"<figure><div class=tiles>{tiles}</div>{CHIP(k)}<b>{k + 1}</b> {html.escape(parts)} <small>"
-                         f"wins {percent(layer['wins'][k], sum(layer['wins'])):.3g} % of all patches</small></figure>")
+                wins = 100 * layer["wins"][k] / sum(layer["wins"])
+                text += (f"<figure><div class=tiles>{tiles}</div>{CHIP(CSS[k % 64])}<b>{k + 1}</b> {html.escape(parts)}"
+                         f" <small>wins {wins:.3g} % of all patches</small></figure>")
             text += "</div>"
         return text
 
     def hierarchy(self):
         trees = "".join(f"<div><h3>Layer {l + 1}</h3>{self.tree(l)}</div>" for l in range(len(self.groups)))
         return ("<p>How a layer's fine concepts (left) flow into the coarse ones (right): mean grouping over the images"
-                f" in which a concept wins a patch, the largest in percent.</p><div class=cards>{trees}</div>")
+                " in which a concept wins a patch, its largest in percent; flows of 5 % or less are not drawn.</p>"
+                f"<div class=cards>{trees}</div>")
 
     def tree(self, l):
         """SVG: the fine concepts that ever win, by the coarse one they join most; curves as wide as their weights."""
@@ -418,8 +421,8 @@ class Gallery:
         middle = [height * (g + 0.5) / G for g in range(G)]
         for y, k in zip(range(22, height, 44), order):
             for g in np.flatnonzero(weight[k] > 0.05):
-                look = f"stroke:var(--c{g});stroke-width:{12 * weight[k, g]:.1f};opacity:{0.3 + 0.6 * weight[k, g]:.2f}"
-                svg += f"<path d='M66 {y}C125 {y} 125 {middle[g]} 184 {middle[g]}' style='{look}'/>"
+                svg += (f"<path d='M66 {y}C125 {y} 125 {middle[g]} 184 {middle[g]}' style='stroke:{CSS[g % 64]};"
+                        f"stroke-width:{12 * weight[k, g]:.1f};opacity:{0.3 + 0.6 * weight[k, g]:.2f}'/>")
             svg += self.thumbnail(l, k, 26, y, 40, 6) + f"<text x='70' y='{y - 9}'>{100 * weight[k].max():.0f}</text>"
         svg += "".join(self.thumbnail(len(self.groups), g, 184, y, 56, 246) for g, y in enumerate(middle))
         return f"<svg viewBox='0 0 264 {height}'>{svg}</svg>"
@@ -428,56 +431,45 @@ class Gallery:
         """A concept's strongest claim, if it has any, framed in its colour, centred on the line y."""
         top, won = y - size / 2, bool(self.best[l][0][k].any())
         image = f"<image x='{x}' y='{top}' width='{size}' href='pictures/concept_{l + 1}_{k + 1}_0.jpg'/>"
-        return (image * won + f"<path d='M{x} {top}h{size}v{size}h-{size}z' style='stroke:var(--c{k})'/>"
+        return (image * won + f"<path d='M{x} {top}h{size}v{size}h-{size}z' style='stroke:{CSS[k % 64]}'/>"
                 f"<text x='{label_x}' y='{y + 4}'>{k + 1}</text>")
 
 
 def curves(log):
-    """Small multiples of every number in log.jsonl, as SVG."""
-    rows = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")] if log.is_file() else []
-    text = "<div class=cards>" if rows else "<p>No log.jsonl beside the checkpoint: no curves.</p>"
-    for key in rows and (key for key, value in rows[0].items() if key != "epoch" and isinstance(value, (int, float))):
-        values = [row[key] for row in rows if key in row]
-        low, span, step = min(values), max(values) - min(values) or 1, 190 / max(1, len(values) - 1)
-        path = " ".join(f"{5 + step * i:.1f},{75 - 65 * (v - low) / span:.1f}" for i, v in enumerate(values))
-        text += (f"<figure>{key.replace('_', ' ')} <b>{values[-1]:.4g}</b><svg viewBox='0 0 200 90'><path d='M{path}' "
-                 f"style='stroke:#2563a8'/><text x='5' y='88'>{low:.3g} to {max(values):.3g}</text></svg></figure>")
+    """Small multiples of every finite number in log.jsonl, as SVG, one step a row; torn lines are left out."""
+    rows = []
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else ():
+        with contextlib.suppress(ValueError, AttributeError, OverflowError):
+            rows.append({key: value for key, value in json.loads(line).items()
+                         if isinstance(value, (int, float)) and math.isfinite(value)})
+    text = "<div class=cards>" if rows else "<p>No numbers in a log.jsonl beside the checkpoint: no curves.</p>"
+    for key in dict.fromkeys(key for row in rows for key in row if key != "epoch"):
+        points = [(5 + 190 * i / max(1, len(rows) - 1), row[key]) for i, row in enumerate(rows) if key in row]
+        values = [value for _, value in points]
+        low, span = min(values), max(values) - min(values) or 1
+        path = " ".join(f"{x:.1f},{75 - 65 * (value - low) / span:.1f}" for x, value in points)
+        text += (f"<figure>{html.escape(key.replace('_', ' '))} <b>{values[-1]:.4g}</b><svg viewBox='0 0 200 90'>"
+                 f"<path d='M{path}h0' style='stroke:#2563a8'/><text x='5' y='88'>{low:.3g} to {max(values):.3g}</text>"
+                 "</svg></figure>")
     return text
 
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fafafa;max-width:1180px;margin:auto}
 h2{border-top:1px solid #ddd;padding-top:20px;margin-top:36px}h3{margin:22px 0 6px}nav a{margin-right:16px}
 small,text{color:#555;fill:#555;font-size:12px}figure{margin:0 0 14px}img{display:block;width:100%}
-path{fill:none;stroke-width:2}i{display:inline-block;width:12px;height:12px;border-radius:3px;margin:0 4px 0 8px}
+path{fill:none;stroke-width:2;stroke-linecap:round}
+i{display:inline-block;width:12px;height:12px;border-radius:3px;margin:0 4px 0 8px}
 .right{color:#17663a}.wrong{color:#a32020}.tiles{display:grid;gap:4px;grid-template-columns:repeat(3,1fr)}
 .cards{display:grid;gap:16px;grid-template-columns:repeat(auto-fill,minmax(260px,1fr))}
 .cards figure{background:#fff;border:1px solid #ddd;border-radius:8px;padding:8px;margin:0}"""
 
 
 # ---- 7. One image explained ------------------------------------------------------------------------------------------
-def read_any(path):
-    """Any image file as a viewer shows it: EXIF rotation applied, transparency on white, 16 bit scaled."""
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode[0] in "IF":                                       # 16 bit: convert() would clip it at 255
-                values = np.asarray(image) * (1 / 256 if image.mode[0] == "I" else 255)
-                image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return image.convert("RGB")
-    except Exception as error:                                              # Pillow's plugins raise a dozen kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"--image {path}: not a readable image ({reason}); expected a JPEG, PNG or the like") from None
-
-
 @torch.inference_mode()
 def explain(model, image, classes):
     """image (3, S, S) normalised -> top [(class, percent)], the five likeliest; votes [G]; regions [(h, w)] by layer.
-
     A coarse concept's vote is its score of the winner less that of the runner-up, over G: above zero it speaks for the
-    winner, below zero against it, and the votes sum to the margin between the two logits.
-    """
+    winner, below zero against it, and the votes sum to the margin between the two logits."""
     output = model(image[None].to(next(model.parameters()).device))
     chances, order = output.logits[0].float().softmax(0).sort(descending=True, stable=True)
     scores = output.concept_logits[0].float()                                                               # (G, C)
@@ -514,11 +506,14 @@ def draw_explanation(picture, top, votes, regions, prototypes):
 
 def explain_files(model, files, classes, image_size, folder):
     """Explain every file; the pictures go into `folder`, or beside the images where it is None."""
-    crops = [data.centre_crop(data.resize_short(read_any(file), image_size), image_size) for file in files]
-    for i, (file, crop) in enumerate(zip(map(Path, files), crops)):
+    files, targets = [Path(file) for file in files], []
+    images = [data.resize_short(data.read_image(file, upright=True), image_size) for file in files]
+    for file, image in zip(files, images):
+        crop, target = data.centre_crop(image, image_size), (folder or file.parent) / f"{file.stem}_explained.png"
+        while target in targets:                                            # a.jpg and a.png, or a.jpg of two folders
+            target = target.with_stem(f"{target.stem}_{len(targets) + 1}")
+        targets.append(target)
         result = *explain(model, data.to_tensor(crop), classes), model.prototypes
-        number = f"_{i + 1}" * (file.stem in [Path(other).stem for other in files[:i]])
-        target = (folder or file.parent) / f"{file.stem}{number}_explained.png"
         draw_explanation(np.asarray(crop), *result).save(target)
         print(f"\n{file}, drawn in {target}\n{words(*result)}")
 
@@ -535,7 +530,10 @@ def writable(folder, what):
 
 
 def run(o):
-    out, home = o.visualize and writable(Path(o.visualize), "--visualize"), Path(o.ckpt).parent
+    for name, least in (("batch_size", 1), ("workers", 0), ("seed", 0)):
+        if getattr(o, name) is not None and getattr(o, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(o, name)}: expected {least} or more")
+    home, out = Path(o.ckpt).parent, writable(Path(o.visualize), "--visualize") if o.visualize else None
     model, checkpoint = ivpt.load_checkpoint(o.ckpt, o.weights)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     trained, classes, size = checkpoint["options"], checkpoint["classes"], checkpoint["options"]["image_size"]
@@ -572,11 +570,19 @@ def main(argv=None):
     p.add_argument("--workers", type=int, default=0, help="processes that read images; changes no number")
     p.add_argument("--seed", type=int, help="of the noise and of the random-location control; default: as in training")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast; default: as in training")
+    code = 2
     try:
-        run(p.parse_args(argv))
-    except (ValueError, OSError) as error:                                  # a worker's traceback ends with the message
-        print("error:", (str(error) or repr(error)).splitlines()[-1].removeprefix("ValueError: "), file=sys.stderr)
-        sys.exit(2)
+        return run(p.parse_args(argv))
+    except torch.OutOfMemoryError as error:
+        reason = f"out of memory ({str(error).splitlines()[0][:90]}); lower --batch-size"
+    except (ValueError, OSError, RuntimeError) as error:                    # a worker's traceback ends with the message
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        reason = re.sub(r"^\w+Error: ", "", (str(error).strip() or repr(error)).splitlines()[-1])
+    except KeyboardInterrupt:
+        reason, code = "interrupted", 130
+    print("error:", reason, file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -22,18 +22,17 @@ from __future__ import annotations
 
 import functools
 import itertools
-import time
 
 import torch
 import torch.nn.functional as F
 from torch.library import triton_op, wrap_triton
+from torch.utils.benchmark import Timer
 
 try:
     import triton
     import triton.language as tl
     jit = triton.jit
-    if triton.knobs.runtime.interpret:                      # TRITON_INTERPRET=1: plain calls, nothing to trace
-        wrap_triton = lambda kernel: kernel                 # noqa: E731
+    wrap_triton = (lambda kernel: kernel) if triton.knobs.runtime.interpret else wrap_triton    # TRITON_INTERPRET=1
 except ImportError:                                         # no Triton for macOS: the reference below serves
     triton, jit = None, lambda kernel: kernel
 
@@ -58,19 +57,17 @@ def _wide(*tensors):
 def prototype_attention_reference(x, prototypes, bias, bias_after_softmax=True, *, smoothing=0.0, detach_maps=False):
     """x (B,N,D), prototypes (K,D), bias (K,N) -> attention (B,K,N) fp32, pooled (B,K,D) like x, mass (B,K) fp32.
 
-    smoothing is eps of the maths above, used before pooling. detach_maps lets the gradient reach x only through the
-    averaged features, not through the maps (the head of IVPT). fp64 stays fp64. The argmax has no gradient.
-    """
+    smoothing is eps above, before pooling. detach_maps lets the gradient reach x only through the averaged features,
+    not through the maps (the head of IVPT). fp64 stays fp64. The argmax has no gradient."""
     with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
         patches, q, b = _wide(x, prototypes, bias)
         attention = _attend(patches.detach() if detach_maps else patches, q, b, bias_after_softmax, smoothing)[2]
         winner = attention.detach().argmax(-1, keepdim=True)                                    # (B, N, 1), the first
         region = attention * torch.zeros_like(attention).scatter(-1, winner, 1)                 # (B, N, K)
         mass = region.sum(1)                                                                    # (B, K)
-        filled = (mass > 0)[..., None]
-        pooled = region.transpose(1, 2) @ patches / torch.where(filled, mass[..., None], 1)     # (B, K, D)
-        pooled = torch.where(filled, pooled, 0)
-    return attention.transpose(1, 2).contiguous(), pooled.to(x.dtype), mass
+        mean = region.mT @ patches / torch.where(mass > 0, mass, 1)[..., None]                  # (B, K, D)
+        pooled = torch.where(mass[..., None] > 0, mean, 0).to(x.dtype)
+    return attention.mT.contiguous(), pooled, mass
 
 
 # --- 2. The forward in Triton ----------------------------------------------------------------------------------------
@@ -89,9 +86,7 @@ def _tile(matrix, row, rows, chunk, D: tl.constexpr):
     """(8, R, 16): of the given rows, column c of warp w is column 128 chunk + 16 w + c. Zero outside."""
     ptr, stride_row, stride_d = matrix
     d = chunk * 128 + tl.arange(0, 8)[:, None, None] * 16 + tl.arange(0, 16)[None, None, :]
-    inside = row[None, :, None] < rows
-    if D % 128 != 0:
-        inside = inside & (d < D)
+    inside = row[None, :, None] < rows if D % 128 == 0 else (row[None, :, None] < rows) & (d < D)
     return tl.load(ptr + row[None, :, None].to(tl.int64) * stride_row + d.to(tl.int64) * stride_d, inside, other=0.0)
 
 
@@ -120,9 +115,7 @@ def _map(ptr, k, n, inside, stride_k, stride_n):                                
 def _products(tiles, x, n, end, rows, q, k, K, D: tl.constexpr, HOLD: tl.constexpr, PRECISION: tl.constexpr):
     """x_n.q_k (BN, BK). The 8 partial sums are added as a tree of halves: a split puts both halves into one thread, so
     that the softmax is shared out over the warps. After tl.sum every warp would do all of it."""
-    BN: tl.constexpr = n.shape[0]
-    BK: tl.constexpr = k.shape[0]
-    dots = tl.zeros((8, BN, BK), tl.float32)
+    dots = tl.zeros((8, n.shape[0], k.shape[0]), tl.float32)
     if HOLD > 0:
         for c in tl.static_range(HOLD):
             dots = tl.dot(tiles[c], tl.permute(rows[c], (0, 2, 1)), dots, input_precision=PRECISION)
@@ -130,17 +123,15 @@ def _products(tiles, x, n, end, rows, q, k, K, D: tl.constexpr, HOLD: tl.constex
         for c in tl.range((D + 127) // 128, num_stages=2):
             again = tl.permute(_tile(q, k, K, c, D), (0, 2, 1))
             dots = tl.dot(_tile(x, n, end, c, D), again, dots, input_precision=PRECISION)
-    low, high = tl.split(tl.reshape(tl.permute(dots, (1, 2, 0)), (BN, BK, 4, 2)))
-    low, high = tl.split(tl.reshape(low + high, (BN, BK, 2, 2)))
+    low, high = tl.split(tl.reshape(tl.permute(dots, (1, 2, 0)), (n.shape[0], k.shape[0], 4, 2)))
+    low, high = tl.split(tl.reshape(low + high, (n.shape[0], k.shape[0], 2, 2)))
     low, high = tl.split(low + high)
     return low + high
 
 
 @jit
 def _softmax(logits, bias, k, K, AFTER: tl.constexpr):
-    if not AFTER:
-        logits += bias
-    logits = tl.where(k[None, :] < K, logits, float("-inf"))
+    logits = tl.where(k[None, :] < K, logits if AFTER else logits + bias, float("-inf"))
     share = tl.exp(logits - tl.max(logits, 1)[:, None])
     return share * (1 / tl.sum(share, 1))[:, None]                                              # (BN, BK)
 
@@ -151,10 +142,7 @@ def _add_weighted(sums, weight, tiles, x, n, end, first, D: tl.constexpr, HOLD: 
     weight = tl.broadcast_to(tl.trans(weight)[None], (8, weight.shape[1], weight.shape[0]))
     added = ()
     for c in tl.static_range(len(sums)):
-        if HOLD > 0:
-            tile = tiles[c]
-        else:
-            tile = _tile(x, n, end, first + c, D)
+        tile = tiles[c] if HOLD > 0 else _tile(x, n, end, first + c, D)
         added = added + (tl.dot(weight, tile, sums[c], input_precision=PRECISION),)
     return added
 
@@ -193,8 +181,7 @@ def _forward_kernel(x_ptr, q_ptr, bias_ptr,                 # x (B, N, D), q (K,
         tiles = _tiles(x, n, end, D, HOLD)                                                      # chunks x (8, BN, 16)
         dots = _products(tiles, x, n, end, rows, q, k, K, D, HOLD, PRECISION)
         a = _softmax(2 * dots - norm[None, :], bias, k, K, AFTER)
-        if AFTER:
-            a = tl.maximum(a + bias, 0.0)
+        a = tl.maximum(a + bias, 0.0) if AFTER else a
         if SMOOTH:
             a = tl.where(k[None, :] < K, a + smoothing, 0.0)
             a = a * (1 / tl.sum(a, 1))[:, None]
@@ -253,9 +240,8 @@ def backward_reference(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
         dl = s * (h - (h * s).sum(-1, keepdim=True))
         dq = 2 * (torch.einsum("bnk,bnd->kd", dl, e) - q * dl.sum((0, 1))[:, None])             # (K, D)
         dx = (won * a * inverse) @ dP + (0 if detach_maps else 2 * dl @ q)                      # (B, N, D)
-        db = (h if after else dl).sum(0).T.contiguous()                                         # (K, N)
-        return tuple(g.to(t.dtype) if want else t.new_empty(0)
-                     for g, t, want in zip((dx, dq, db), (x, prototypes, bias), needed))
+        found = (dx, x), (dq, prototypes), ((h if after else dl).sum(0).T.contiguous(), bias)
+        return tuple(g.to(t.dtype) if want else t.new_empty(0) for (g, t), want in zip(found, needed))
 
 
 # The same two kernels again. The first has the forward's shape: a span of patches, x read once, dl instead of r as
@@ -320,12 +306,11 @@ def _backward_kernel(x_ptr, q_ptr, bias_ptr,                # x (B, N, D), q (K,
 
 
 @jit
-def _patch_gradient_kernel(q_ptr, dp_ptr,                   # (K, D), (B, K, D) like x: any strides
-                           attention_ptr, mass_ptr, dl_ptr,  # (B, K, N), (B, K), (B, K, N) fp32
+def _patch_gradient_kernel(q_ptr, dp_ptr,                   # (K, D) and (B, K, D) like x: any strides
+                           attention_ptr, mass_ptr, dl_ptr, # (B, K, N), (B, K), (B, K, N) fp32
                            dx_ptr,                          # out (B, N, D)
-                           N, K, sqk, sqd, spb, spk, spd,
-                           LOGITS: tl.constexpr, POOLED: tl.constexpr, D: tl.constexpr, BN: tl.constexpr,
-                           BK: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
+                           N, K, sqk, sqd, spb, spk, spd, LOGITS: tl.constexpr, POOLED: tl.constexpr, D: tl.constexpr,
+                           BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
     """dx_n = 2 sum_k dl_k(n) q_k + a_w(n) / m_w dP_w: two products over k, as thin as K."""
     blocks = tl.cdiv(N, BN)
     image = (tl.program_id(0) // blocks).to(tl.int64)
@@ -351,8 +336,7 @@ def _patch_gradient_kernel(q_ptr, dp_ptr,                   # (K, D), (B, K, D) 
         if POOLED:
             dp = tl.load(dp_ptr + image * spb + k[:, None] * spk + d[None, :] * spd, rows, other=0.0)
             dx = tl.dot(share, dp, dx, input_precision=PRECISION)
-        row = image * N + n[:, None]
-        tl.store(dx_ptr + row * D + d[None, :], dx.to(dtype), (n[:, None] < N) & (d[None, :] < D))
+        tl.store(dx_ptr + (image * N + n[:, None]) * D + d[None, :], dx.to(dtype), (n[:, None] < N) & (d[None, :] < D))
 
 
 # --- 4. The launch and the op ----------------------------------------------------------------------------------------
@@ -365,21 +349,21 @@ def _chip(device):
 
 def _plan(B, N, D, K, size, products, processors, shared):
     """How a problem is cut: constexprs, spans of an image, patches of a span, slices of D. products: 1 in the forward,
-    in the backward 2, or 3 with x.dP. sums: registers of a thread's 255 for the (K, D) sums; above the limit it spills.
-    """
+    in the backward 2, or 3 with x.dP. sums: a thread's registers for the (K, D) sums; above the limit, spilling."""
     BK, chunks, BN, stages = max(16, triton.next_power_of_2(K)), triton.cdiv(D, 128), 16, 1
     sums, forward = BK * chunks // 2, products == 1
     if sums <= (128 if size == 2 else 48 if forward else 0):
         BN = 32 if size == 2 and forward and sums <= 96 else 16
         tile, maps, rows = BN * chunks * 128 * size, BN * BK * 4, (1 + (products == 3)) * BK * chunks * 128 * size
         stages = min(3, (shared - rows - 8 * maps) // (tile + (1 if forward else 3) * maps) + 1)
-    held = stages > 1
-    BN, pool = (BN, chunks) if held else (16, min(max(1, 64 // BK), chunks))
+    hold, pool = chunks, chunks
+    if stages < 2:                                          # does not fit: nothing held, a divisor of chunks per slice
+        BN, stages, hold, pool = 16, 1, 0, max(p for p in range(1, max(2, 64 // BK + 1)) if chunks % p == 0)
     spans = processors // B if 2 * B <= processors else triton.cdiv(4 * processors, B)      # one wave, or at least four
     span = triton.cdiv(N, max(1, min(spans, N // (2 * BN))) * BN) * BN
     exact = torch.get_float32_matmul_precision() == "highest"           # PyTorch's switch: fp32 as it is, or 3 x TF32
-    return dict(D=D, BN=BN, BK=BK, HOLD=chunks * held, POOL=pool, STAGES=stages if held else 1,
-                PRECISION="ieee" if exact else "tf32x3"), triton.cdiv(N, span), span, triton.cdiv(chunks, pool)
+    return dict(D=D, BN=BN, BK=BK, HOLD=hold, POOL=pool, STAGES=stages, PRECISION="ieee" if exact else "tf32x3"), \
+        triton.cdiv(N, span), span, chunks // pool
 
 
 def launch_forward(x, prototypes, bias, after, smoothing):
@@ -421,8 +405,7 @@ def launch_backward(dA, dP, dm, x, prototypes, bias, attention, pooled, mass, af
 
 
 def _fused(x):
-    kinds = torch.float32, torch.bfloat16, torch.float16
-    return triton is not None and x.is_cuda and x.dtype in kinds and x.numel() > 0
+    return triton is not None and x.is_cuda and x.numel() > 0 and x.element_size() in (2, 4) and x.is_floating_point()
 
 
 @triton_op("ivpt::prototype_attention", mutates_args=(), schema="(Tensor x, Tensor prototypes, Tensor bias, "
@@ -437,8 +420,8 @@ def _op(x, prototypes, bias, after, smoothing, detach_maps):
            "Tensor x, Tensor prototypes, Tensor bias, Tensor attention, Tensor pooled, Tensor mass, bool after, "
            "float smoothing, bool detach_maps, bool[] needed) -> (Tensor, Tensor, Tensor)")
 def _backward_op(dA, dP, dm, x, prototypes, bias, attention, pooled, mass, after, smoothing, detach_maps, needed):
-    backward = launch_backward if _fused(x) else backward_reference
-    return backward(dA, dP, dm, x, prototypes, bias, attention, pooled, mass, after, smoothing, detach_maps, needed)
+    given = dA, dP, dm, x, prototypes, bias, attention, pooled, mass, after, smoothing, detach_maps, needed
+    return launch_backward(*given) if _fused(x) else backward_reference(*given)
 
 
 def _save(ctx, inputs, output):
@@ -461,8 +444,8 @@ def prototype_attention(x, prototypes, bias, bias_after_softmax=True, *, smoothi
     Under autocast x keeps its dtype: the logits are summed in fp32 anyway, and a cast would read x once more."""
     if _fused(x):
         return _op(x, prototypes, bias, bias_after_softmax, float(smoothing), detach_maps)
-    return prototype_attention_reference(x, prototypes, bias, bias_after_softmax, smoothing=smoothing,
-                                         detach_maps=detach_maps)
+    options = dict(smoothing=smoothing, detach_maps=detach_maps)
+    return prototype_attention_reference(x, prototypes, bias, bias_after_softmax, **options)
 
 
 # --- 5. Self-check and benchmark -------------------------------------------------------------------------------------
@@ -477,49 +460,39 @@ def two_reads(x, prototypes, bias, product_form=False):
 
 
 def measure(run, cuda):
-    """Microseconds: median, 20 % and 80 % of the GPU's time (of wall time without a GPU), median of the wall time."""
-    wall = []
-    for _ in range(30 if cuda else 6):
-        start = time.perf_counter()
-        run()
-        torch.cuda.synchronize() if cuda else None
-        wall.append(1e6 * (time.perf_counter() - start))
-    low, median, high = (sorted(wall[1:])[int(share * len(wall[1:]))] for share in (0.2, 0.5, 0.8))
-    times = (1e3 * t for t in triton.testing.do_bench(run, quantiles=(0.5, 0.2, 0.8))) if cuda else (median, low, high)
-    return *times, median
+    """Microseconds: median, 20 % and 80 % of the GPU's time (without a GPU: of wall time), median of the wall time."""
+    wall = Timer("run()", globals=dict(run=run), num_threads=torch.get_num_threads()).blocked_autorange()
+    marks = triton.testing.do_bench(run, quantiles=(0.5, 0.2, 0.8)) if cuda else (
+        1e3 * torch.tensor(wall.times).quantile(torch.tensor((0.5, 0.2, 0.8)))).tolist()
+    return *(1e3 * mark for mark in marks), 1e6 * wall.median
 
 
 def main():
-    cuda, copied = torch.cuda.is_available(), float("nan")
+    cuda = torch.cuda.is_available()
+    big = torch.empty(2 ** 30 if cuda else 1, dtype=torch.uint8, device="cuda" if cuda else "cpu")
+    copied = 2e-3 * big.numel() / measure(big.clone, cuda)[0]                                   # GB/s, read and written
     forms = {"product": functools.partial(two_reads, product_form=True), "two reads": two_reads,
-             "compiled": torch.compile(two_reads)}
-    print("torch", torch.__version__, "on", torch.cuda.get_device_name() if cuda else "CPU: wall time, batch 1, PyTorch "
-          "forms only. Missing: Triton, GPU time, copy bandwidth, peak memory.")
-    if cuda:
-        forms["Triton"], big = prototype_attention, torch.empty(2 ** 30, dtype=torch.uint8, device="cuda")
-        copied = 2e-3 * big.numel() / measure(big.clone, cuda)[0]
-    print(f"copy {copied:.0f} GB/s; GB/s count the fewest bytes; peak is above the inputs; error is against fp64")
+             "compiled": torch.compile(two_reads)} | ({"Triton": prototype_attention} if cuda else {})
+    print("torch", torch.__version__, f"{torch.cuda.get_device_name()}, copy {copied:.0f} GB/s" if cuda else
+          "CPU: wall time of the PyTorch forms at batch 1. Missing: Triton, GPU time, copy bandwidth, peak memory.")
     shapes = (32, 1369, 768, 17), (32, 256, 384, 17), (8, 1369, 1024, 17), (16, 196, 192, 5)
     for (B, N, D, K), dtype in itertools.product(shapes, (torch.float32, torch.bfloat16)):
-        B, device = (B, "cuda") if cuda else (1, "cpu")
-        torch.manual_seed(0)
-        inputs = [t.to(dtype).requires_grad_() for t in (torch.randn(B, N, D, device=device),
-                  0.3 * torch.randn(K, D, device=device))] + [torch.zeros(K, N, device=device, requires_grad=True)]
+        torch.compiler.reset()
+        x, q, bias = torch.randn(B if cuda else 1, N, D), 0.3 * torch.randn(K, D), torch.zeros(K, N)
+        inputs = [t.to(big.device, t.dtype if t is bias else dtype).requires_grad_() for t in (x, q, bias)]
         exact = [o.detach() for o in prototype_attention_reference(*(t.double() for t in inputs))]
         for (name, form), backward in itertools.product(forms.items(), (False, True)):
             def run():
                 with torch.set_grad_enabled(backward):
                     outputs = form(*inputs)
                 return torch.autograd.grad(outputs, inputs, outputs) if backward else outputs
-            error = max((o - e).abs().max().item() for o, e in zip(form(*inputs), exact))
-            before = torch.cuda.memory_allocated()
+            error = max(((o - e).abs().max() / e.abs().max()).item() for o, e in zip(form(*inputs), exact))
             torch.cuda.reset_peak_memory_stats() if cuda else None
-            median, low, high, wall = measure(run, cuda)
-            peak = (torch.cuda.max_memory_allocated() - before) >> 20
-            rate = (3 if backward else 1) * (inputs[0].nbytes + 4 * B * K * N) / median / 1e3
-            print(f"{B:3d} {N:5d} {D:5d} {K:3d} {str(dtype)[6:]:9s}{name:10s}{'fwd+bwd' if backward else 'fwd':8s}{median:9.0f} us "
-                  f"({low:.0f} to {high:.0f}), wall {wall:.0f} us, {rate:.0f} GB/s, {rate / copied:.0%} of copy, "
-                  f"peak {peak} MiB, error {error:.1e}")
+            held, (median, low, high, wall) = torch.cuda.memory_allocated(), measure(run, cuda)
+            rate = (3 if backward else 1) * (inputs[0].nbytes + exact[0].nbytes // 2) / median / 1e3    # fewest bytes
+            print(f"{len(x):3d} {N:5d} {D:5d} {K:3d} {str(dtype)[6:]:9s}{name:10s}{'fwd+bwd' if backward else 'fwd':8s}"
+                  f"{median:9.0f} us ({low:.0f} to {high:.0f}), wall {wall:.0f} us, error {error:.1e}, {rate:.1f} GB/s"
+                  + f", {rate / copied:.0%} of copy, peak {torch.cuda.max_memory_allocated() - held >> 20} MiB" * cuda)
 
 
 if __name__ == "__main__":

@@ -42,14 +42,21 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x):
+    def heads_of(self, x):
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, 64).permute(2, 0, 3, 1, 4)  # each (B, heads, T, 64)
-        if x.device.type == "cpu" and q.dtype == torch.bfloat16:  # there, two matmuls take half the time of the fused call
-            x = (q * 0.125 @ k.transpose(2, 3)).softmax(-1) @ v  # 0.125 = 64 ** -0.5
+        return self.qkv(x).view(B, T, 3, self.heads, 64).permute(2, 0, 3, 1, 4)  # q, k, v: each (B, heads, T, 64)
+
+    def forward(self, x, prompts=None):
+        """x (B, T, D) attends to itself and to the prompts (B, G, D), of which only keys and values are needed."""
+        q, k, v = self.heads_of(x)
+        if prompts is not None:
+            _, more_k, more_v = self.heads_of(prompts)
+            k, v = torch.cat([k, more_k], dim=2), torch.cat([v, more_v], dim=2)  # (B, heads, T + G, 64)
+        if x.device.type == "cpu" and q.dtype == torch.bfloat16:  # there two matmuls take half the fused call's time
+            y = (q * 0.125 @ k.transpose(2, 3)).softmax(-1) @ v  # 0.125 = 64 ** -0.5
         else:
-            x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+            y = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 class Mlp(nn.Module):
@@ -85,7 +92,11 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """x + ls1(attention(norm1(x))), then x + ls2(mlp(norm2(x)))."""
+    """x + ls1(attention(norm1(x))), then x + ls2(mlp(norm2(x))).
+
+    Prompts are tokens appended for this block and dropped after it. What the block would make of them is never read, so
+    it is not computed: they are attended to, no more.
+    """
 
     def __init__(self, width, swiglu=0):
         super().__init__()
@@ -96,8 +107,8 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width, swiglu) if swiglu else Mlp(width)
         self.ls2 = LayerScale(width)
 
-    def forward(self, x):
-        x = x + self.ls1(self.attn(self.norm1(x)))
+    def forward(self, x, prompts=None):
+        x = x + self.ls1(self.attn(self.norm1(x), None if prompts is None else self.norm1(prompts)))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -363,7 +374,6 @@ class IVPT(nn.Module):
             tokens = self.backbone.embed(images)
             for block in self.backbone.blocks[:-prompted]:
                 tokens = block(tokens)
-        T = tokens.shape[1]
 
         attention, groups, fused = [], [], []
         for concept, fusion, block in zip(self.concepts, self.fusions, self.backbone.blocks[-prompted:]):
@@ -372,7 +382,7 @@ class IVPT(nn.Module):
             a = (a + SMOOTHING) / (a + SMOOTHING).sum(1, keepdim=True)  # (B, K, N)
             prompts, S = fusion(pooled[:, :-1].detach(), mass[:, :-1].detach())
             with torch.set_grad_enabled(graph):
-                tokens = block(torch.cat([tokens, prompts], dim=1))[:, :T]  # the prompts live for one block
+                tokens = block(tokens, prompts)
             attention.append(a.unflatten(2, (h, w)))
             groups.append(S)
             with torch.autocast(a.device.type, enabled=False):  # shares that sum to 1 must not be rounded to bf16

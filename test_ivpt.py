@@ -51,7 +51,7 @@ FAMILIES = {"plain": {}, "registers": dict(registers=4), "swiglu": dict(swiglu=9
 def tiny_backbone(image_size=70, depth=5, seed=0, **family):
     """A ViT of 2 heads whose every parameter is random, so that no term of the forward can hide."""
     torch.manual_seed(seed)
-    backbone = ivpt.VisionTransformer(width=128, depth=depth, patch_size=14, grid=5, image_size=image_size, **family)
+    backbone = ivpt.VisionTransformer(width=128, depth=depth, patch_size=14, pos_grid=5, image_size=image_size, **family)
     for name, p in backbone.named_parameters():
         nn.init.normal_(p, 1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.2 if p.dim() < 2 else 0.08)
     return backbone.eval()
@@ -188,13 +188,13 @@ def broken_weights(kind, path):
     else:
         state = {"missing": {k: v for k, v in state.items() if k != "blocks.1.ls2.gamma"},
                  "shape": {**state, "blocks.1.mlp.fc1.bias": torch.zeros(3)}, "unknown": {**state, "head.weight": torch.zeros(2, 2)},
-                 "other": {"a": torch.zeros(1)}}[kind]
+                 "other": {"a": torch.zeros(1)}, "number": {**state, "epoch": 3}}[kind]
         torch.save(state, path)
 
 
 @pytest.mark.parametrize("kind, says", [
     ("garbage", "not a torch file"), ("empty", "empty"), ("truncated", "truncated"), ("pickle", "not a torch file"),
-    ("missing", "blocks.1.ls2.gamma"), ("shape", "blocks.1.mlp.fc1.bias"), ("unknown", "head.weight"), ("other", "DINOv2's names")])
+    ("missing", "blocks.1.ls2.gamma"), ("shape", "blocks.1.mlp.fc1.bias"), ("unknown", "head.weight"), ("number", "epoch"), ("other", "DINOv2's names")])
 def test_weights_that_do_not_fit_are_named_in_one_line(kind, says, tmp_path):
     broken_weights(kind, tmp_path / "vit.pth")
     with pytest.raises(ValueError) as error:
@@ -205,6 +205,8 @@ def test_weights_that_do_not_fit_are_named_in_one_line(kind, says, tmp_path):
 def test_unknown_backbone_and_odd_sizes_are_refused():
     with pytest.raises(FileNotFoundError, match="vitb14_reg4"):
         ivpt.load_backbone("vitx14", 224)
+    with pytest.raises(ValueError, match="at least 3 a side"):
+        ivpt.IVPT(tiny_backbone(image_size=28), 3)
     for size in (225, 10, (224, 100)):
         with pytest.raises(ValueError, match="divisible by the patch of 14"):
             ivpt.load_backbone("vits14", size)
@@ -386,6 +388,60 @@ def reached(model, images, term, **more):
     losses, _ = train.Objective(model)(images, torch.tensor([0, 1]), torch.tensor([[0.8, -0.6, 0.1], [0.6, 0.8, 0.0]]))
     losses[term].backward()
     return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_objective_is_the_table(recipe):
+    """All eight terms, weight 1: maps averaged over the five layers, L_con over the four prompted ones."""
+    model, images, labels = tiny_ivpt(recipe), torch.randn(3, 3, 70, 70), torch.tensor([0, 4, 2])
+    theta = torch.tensor([[0.0, -1.1, 0.1], [1.1, 0.0, -0.05]])
+    with torch.no_grad():
+        losses, right = train.Objective(model)(images, labels, theta)
+        out, view = model(images), model(data.warp(images, theta))
+    mean = lambda loss, *lists: sum(loss(*maps) for maps in zip(*lists)) / len(lists[0])  # noqa: E731
+    expected = {"classification": F.cross_entropy(out.concept_logits.mean(1), labels),
+                "region_consistency": mean(lambda fused: train.region_consistency(out.attention[4], fused), out.fused),
+                "equivariance": mean(train.equivariance, out.attention, [data.unwarp(A, theta) for A in view.attention]),
+                "orthogonality": train.orthogonality(out.features)}
+    for name in ("total_variation", "presence", "background_presence", "entropy"):
+        expected[name] = mean(getattr(train, name), out.attention)
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value, msg=lambda m, name=name: f"{name}: {m}")
+    torch.testing.assert_close(losses["loss"], sum(expected.values()))
+    assert set(losses) == {*expected, "loss"} and right == (out.logits.argmax(1) == labels).sum()
+
+
+def test_grouping_is_a_gumbel_softmax_of_temperature_one(monkeypatch):
+    model, seen = tiny_ivpt().train(), []
+    gumbel = F.gumbel_softmax
+    monkeypatch.setattr(F, "gumbel_softmax", lambda logits, **more: seen.append((logits, more)) or gumbel(logits, **more))
+    model(torch.randn(1, 3, 70, 70))
+    assert len(seen) == 4 and all(more == dict(tau=1.0) and logits.shape[2] == 3 for logits, more in seen)
+
+
+def test_a_group_that_nobody_joins_gives_finite_prompts():
+    model = tiny_ivpt()
+    with torch.no_grad():
+        for fusion in model.fusions:
+            fusion.grouping.bias[0] = -200.0  # its column of the softmax underflows to exactly 0
+        out = model(torch.randn(2, 3, 70, 70))
+    assert (out.groups[0].sum(1)[:, 0] == 0).any()  # the case is met: in one image no concept joins group 0
+    assert out.logits.isfinite().all()
+
+
+def test_maps_stay_fp32_under_autocast():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = tiny_ivpt()(torch.randn(2, 3, 70, 70))
+    for A in [*out.attention, *out.fused]:
+        assert A.dtype == torch.float32
+        torch.testing.assert_close(A.sum(1), torch.ones(2, 5, 5), atol=1e-5, rtol=0)  # in bf16 it would be 4e-3
+
+
+def test_metas_addresses():
+    base = "https://dl.fbaipublicfiles.com/dinov2/"
+    assert ivpt.weights_url("vitb14_reg4") == base + "dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth"
+    assert ivpt.weights_url("dinov2_vitg14") == base + "dinov2_vitg14/dinov2_vitg14_pretrain.pth"
+    assert ivpt.weights_url("toy") is None and ivpt.weights_url("some/file.pth") is None
 
 
 def named(model, *patterns):
@@ -633,12 +689,13 @@ def test_data_every_kind_of_image_becomes_rgb(tmp_path, mode, suffix):
     assert error.mean() < (90 if mode == "1" else 3)  # JPEG and palette rounding; dithering
 
 
-def test_data_exif_rotation_is_ignored(tmp_path):
+def test_data_exif_rotation_is_applied_only_when_asked(tmp_path):
     image = Image.new("RGB", (40, 30))
     exif = image.getexif()
     exif[0x0112] = 6                                                                 # "turn by 90 degrees"
     image.save(tmp_path / "x.jpg", exif=exif)
-    assert data.read_image(tmp_path / "x.jpg").size == (40, 30)
+    assert data.read_image(tmp_path / "x.jpg").size == (40, 30)                      # annotations: pixels as stored
+    assert data.read_image(tmp_path / "x.jpg", upright=True).size == (30, 40)
 
 
 def test_data_one_pixel_images(tmp_path):
@@ -669,6 +726,10 @@ def test_data_normalize_and_back():
     assert torch.equal(data.denormalize(data.normalize(pixels)), pixels)
 
 
+def write_rows(path, row):
+    path.write_text("".join(f"{key} {row}\n" for key in (17, 14, 11, 8)))
+
+
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("damage, words", [
     (lambda f: os.rename(f, f"{f}.away"), "images.txt is missing"),
@@ -677,6 +738,10 @@ def test_data_normalize_and_back():
     (lambda f: (f / "bounding_boxes.txt").write_text("17 1 2 3\n"), "bounding_boxes.txt"),
     (lambda f: (f / "bounding_boxes.txt").write_text("17 1 2 3 4\n"), "at '14'"),
     (lambda f: (f / "bounding_boxes.txt").write_text("17 1 2 3 x\n"), "'x'"),
+    (lambda f: write_rows(f / "bounding_boxes.txt", "1 2 nan 4"), "bounding_boxes.txt: holds nan"),
+    (lambda f: write_rows(f / "bounding_boxes.txt", "1 2 3 -inf"), "bounding_boxes.txt: holds nan"),
+    (lambda f: write_rows(f / "parts/part_locs.txt", "9 1 nan 1"), "part_locs.txt: holds nan"),
+    (lambda f: write_rows(f / "parts/part_locs.txt", "9 1e300 1 1"), "part_locs.txt: holds nan or a number beyond 1e5"),
     (lambda f: (f / "images.txt").write_bytes(b"\xff\xfe\x00"), "images.txt"),
     (lambda f: (f / "image_class_labels.txt").write_text("17 4\n14 3\n11 3\n8 3\n"), "at '4'"),
     (lambda f: (f / "parts/part_locs.txt").write_text("17 99 1 1 1\n"), "at '99'"),
@@ -699,6 +764,15 @@ def test_data_find(tmp_path):
     with pytest.raises(FileNotFoundError, match="classes.txt is missing.*CUB_200_2011.tgz into"):
         data.find("cub", tmp_path)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["CUB_200_2011"]
+
+
+@pytest.mark.parametrize("left", [*data.LISTS, "images"])
+def test_data_half_a_folder_named_directly_is_left_alone(tmp_path, monkeypatch, left):
+    monkeypatch.setattr(data, "download", lambda *_, **__: pytest.fail("a download into the folder itself"))
+    (tmp_path / left).mkdir()
+    with pytest.raises(FileNotFoundError, match="is missing, half unpacked"):
+        data.find("cub", tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == [left]
 
 
 # ---- the affine view -------------------------------------------------------------------------------------------------
@@ -786,19 +860,37 @@ def test_data_toy_keypoints_lie_on_their_parts(monkeypatch):
             assert seen and np.abs(near - looks[int(digit)]).max(1).min() < 60, (code, part)   # tint, slope and shade
 
 
-def test_data_toy_place_alone_is_not_enough(few_birds, monkeypatch):
+def toy_images(n, monkeypatch, **changes):
+    monkeypatch.setattr(data, "TOY", {**data.TOY, "zoom": 1, **changes})             # zoom: nine times as fast
+    return [data.toy_image(code, np.random.default_rng((5, i))) for i, code in zip(range(n), itertools.cycle(
+        data.TOY_SPECIES.values()))]
+
+
+def test_data_toy_place_alone_is_not_enough(monkeypatch):
     """In the box's frame no fixed spot is within the metric's 36 pixels of a part in four images of five."""
-    rng, frames = np.random.default_rng(0), []
-    for code in list(data.TOY_SPECIES.values()) * 30:
-        shapes, points = data.bird(code, rng)
-        tilt, mirror = rng.uniform(-data.TOY["tilt"], data.TOY["tilt"]), rng.choice((-1, 1))
-        outline = np.concatenate([outline for outline, _ in shapes])
-        outline, points = (data.rotate(p, (0, 0), tilt) * (mirror, 1) for p in (outline, points))
-        low, high = outline.min(0), outline.max(0)
-        frames.append(224 * (points - low) / (high - low))
+    birds = toy_images(300, monkeypatch)
+    frames = [224 * (points[:, :2] - box[:2]) / box[2:] for _, box, points in birds]
+    assert np.stack(frames).min() >= 0 and np.stack(frames).max() <= 224
+    beak, crown, tail, leg = (np.array([points[m, :2] for *_, points in birds]) for m in (0, 2, 6, 7))
+    (x, y), (u, v) = (beak - tail).T, (leg - crown).T
+    assert 0.4 < (x * v > y * u).mean() < 0.6                       # as many look left; 0.1 is 3.5 deviations of a coin
     spots = np.stack(np.meshgrid(np.arange(8, 224, 16), np.arange(8, 224, 16)), -1).reshape(-1, 1, 1, 2)
     hits = (np.abs(np.stack(frames) - spots) <= 36).all(-1).mean(1)                  # (196 spots, 8 parts)
     assert hits.max() < 0.85 and np.median(hits.max(0)) < 0.5
+
+
+def test_data_toy_light_and_clutter_vary(monkeypatch):
+    greenery, leaves = data.greenery, []
+    monkeypatch.setattr(data, "greenery", lambda rng, side, near=None: leaves.append(near is None) or greenery(
+        rng, side, near))
+    plain, lit, counts = toy_images(60, monkeypatch, light=0), toy_images(60, monkeypatch, light=0.12), []
+    gains = np.array([np.asarray(b).mean() / np.asarray(a).mean() for (a, *_), (b, *_) in zip(plain, lit)])
+    assert 0.87 < gains.min() < 0.91 and 1.09 < gains.max() < 1.13                   # 0.01: bytes, and clipping at 255
+    for i, code in zip(range(60), itertools.cycle(data.TOY_SPECIES.values())):
+        leaves.clear()
+        data.toy_image(code, np.random.default_rng((5, i)))
+        counts.append(sum(leaves))
+    assert min(counts) == 0 and max(counts) == data.TOY["clutter"] - 1 and len(set(counts)) > 10
 
 
 # ---- downloads -------------------------------------------------------------------------------------------------------
@@ -1116,7 +1208,7 @@ def test_accumulated_parts_sum_to_the_batch(bird_root, tmp_path):
         model.zero_grad()
         for i, l in zip(images.chunk(parts), labels.chunk(parts)):
             losses, _ = train.Objective(model)(i, l, theta)
-            (sum(v for k, v in losses.items() if k != "presence") / parts).backward()
+            ((losses["loss"] - losses["presence"]) / parts).backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)  # fp32, sums in another order
@@ -1130,7 +1222,34 @@ def test_a_non_finite_loss_takes_no_step_and_stops_the_run(bird_root, tmp_path, 
     assert train.train(options(bird_root, run, "--resume")) == 4
     assert (run / "last.pt").read_bytes() == before
     error = capsys.readouterr().err
-    assert error.count("step left out") == 3 and ".jpg" in error and "last good state" in error
+    assert error.count("no step taken") == 3 and error.count(".jpg") == 48 and "last good state" in error
+
+
+def test_one_bad_batch_is_left_out_of_the_log(bird_root, tmp_path, monkeypatch):
+    entropy, calls = train.entropy, []
+    monkeypatch.setattr(train, "entropy", lambda A: calls.append(0) or entropy(A) * (float("nan") if len(calls) == 7 else 1))
+    train.train(options(bird_root, tmp_path / "run", "--epochs", 1))  # 5 maps a step: the second of five steps is bad
+    assert all(math.isfinite(value) for value in log_of(tmp_path / "run")[0].values())
+
+
+def test_gradients_are_clipped_and_autocast_is_what_amp_says(bird_root, tmp_path, monkeypatch):
+    clipped, seen, clip, layer = [], [], nn.utils.clip_grad_norm_, ivpt.Attention.forward
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda p, norm: clipped.append(norm) or clip(p, norm))
+    monkeypatch.setattr(ivpt.Attention, "forward", lambda self, *x: seen.append(torch.is_autocast_enabled("cpu")) or layer(self, *x))
+    train.train(options(bird_root, tmp_path / "a", "--epochs", 1, "--batch-size", 40))
+    assert clipped == [2.0, 2.0] and not any(seen)
+    seen.clear()
+    train.train(options(bird_root, tmp_path / "b", "--epochs", 1, "--batch-size", 40, "--amp"))
+    assert all(seen)
+
+
+def test_overwrite_forgets_the_old_run_at_once(bird_root, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    train.train(options(bird_root, run, "--epochs", 1))
+    monkeypatch.setattr(train.Objective, "forward", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train.train(options(bird_root, run, "--overwrite"))
+    assert sorted(p.name for p in run.iterdir()) == ["config.json", "log.jsonl"] and log_of(run) == []
 
 
 def test_a_killed_or_failing_save_keeps_the_last_checkpoint(tmp_path, monkeypatch):
@@ -1157,12 +1276,13 @@ def killed_while_saving(path):
 
 @pytest.mark.parametrize("recipe", ["paper", "released"])
 def test_one_step_of_each_recipe_trains_what_it_should(recipe, bird_root, tmp_path):
-    o = options(bird_root, tmp_path, "--recipe", recipe, "--tune", "none" if recipe == "paper" else "tokens")
+    o = options(bird_root, tmp_path, "--recipe", recipe)
+    o.tune = "none" if recipe == "paper" else "tokens"  # the toy ViT stands in for a pretrained one
     model = ivpt.build(asdict(o), 10).train()
     optimizer, _ = train.make_optimizer(model, o)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     losses, _ = train.Objective(model)(torch.randn(2, 3, 56, 56), torch.tensor([0, 1]), data.sample_affine())
-    sum(losses.values()).backward()
+    losses["loss"].backward()
     optimizer.step()
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     frozen = {n for n in before if n.startswith("backbone.")} - (
@@ -1170,6 +1290,8 @@ def test_one_step_of_each_recipe_trains_what_it_should(recipe, bird_root, tmp_pa
     assert moved == set(before) - frozen
     rates = {n: g["lr"] for g in optimizer.param_groups for n, p in model.named_parameters() if any(p is q for q in g["params"])}
     assert rates["classifier.weight"] == rates["norm.weight"] == rates["fusions.0.grouping.weight"] == 1e-2
+    groups = train.make_optimizer(ivpt.build(asdict(options(bird_root, tmp_path)), 10), options(bird_root, tmp_path))[0].param_groups
+    assert [group["lr"] for group in groups] == [1e-2, 2e-4, 2e-5, 5e-4]  # the last: a backbone trained along
     assert rates["concepts.0.prototypes"] == 2e-4 and rates["concepts.0.bias"] == (2e-5 if recipe == "paper" else 2e-4)
 
 
@@ -1198,7 +1320,7 @@ def test_every_image_has_its_turn_on_one_rank(bird_root, tmp_path):
 # ---------------------------------------------------------------- the scripts, from the shell
 
 def test_scripts_end_to_end(bird_root, tmp_path):
-    """train.py, then the very command it prints, then --resume of a finished run."""
+    """train.py, then the very command it prints; a second run refuses to replace the first."""
     more = [*FEW_BIRDS, "--data-root", bird_root, "--epochs", "1", "--batch-size", "32", "--out", tmp_path / "run"]
     result = ivpt_command("train.py", *more)
     assert result.returncode == 0, result.stderr
@@ -1224,7 +1346,7 @@ def damaged(kind, path):
     elif kind == "empty":
         path.write_bytes(b"")
     elif kind == "foreign":
-        torch.save({"state_dict": {}}, path)
+        torch.save({"format": "ivpt"}, path)
     elif kind == "shape":
         checkpoint = torch.load(path, weights_only=True)
         checkpoint["model"]["concepts.0.prototypes"] = torch.zeros(3, 128)
@@ -1252,7 +1374,9 @@ def test_damaged_checkpoints_are_named(kind, says, bird_root, tmp_path):
     (["--image-size", "100"], "divisible by the patch"), (["--prototypes", "17"], "prototypes"),
     (["--prototypes", "17", "14", "11", "8", "1"], "prototypes"), (["--batch-size", "0"], "--batch-size"),
     (["--data", "birds"], "--data"), (["--weights", "nowhere.pth"], "nowhere.pth"), (["--resume"], "--resume"),
-    (["--batch-size", "9", "--accumulate", "2"], "--accumulate"), (["--batch-size", "100"], "training images")])
+    (["--batch-size", "9", "--accumulate", "2"], "--accumulate"), (["--batch-size", "100"], "training images"),
+    (["--lr", "nan"], "--lr"), (["--lr-bias", "-1"], "--lr-bias"), (["--seed", "-1"], "--seed"), (["--workers", "-1"], "--workers"),
+    (["--device", "gpu"], "--device"), (["--tune", "tokens"], "--tune"), (["--image-size", "16"], "at least 3 a side")])
 def test_bad_options_are_one_line(arguments, says, bird_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", *FEW_BIRDS, "--data-root", str(bird_root), "--out", str(tmp_path), *arguments])
     with pytest.raises(SystemExit) as end:
@@ -1272,6 +1396,19 @@ def test_a_corrupt_image_and_a_folder_that_cannot_be_written_are_named(bird_root
     assert result.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and str(broken) in lines[0], result.stderr
     (tmp_path / "file").write_text("")
     one_line_error(ivpt_command("train.py", *more, "--out", tmp_path / "file" / "run"), "--out", "cannot write")
+
+
+def test_exit_codes_reach_the_shell(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    for outcome, code in ((lambda o: 3, 3), (lambda o: 4, 4), (lambda o: {}, 0)):
+        monkeypatch.setattr(train, "train", outcome)
+        with pytest.raises(SystemExit) as end:
+            train.main()
+        assert end.value.code == code
+    monkeypatch.setattr(train, "train", lambda o: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert end.value.code == 2 and "--accumulate" in capsys.readouterr().err
 
 
 def test_unknown_options_exit_with_2():
@@ -1489,6 +1626,23 @@ class EvaluateFake(torch.nn.Module):
         return ivpt.Output(votes.mean(1), votes, attention, groups, [], torch.zeros(B, G + 1, 8))
 
 
+class EvaluateConv(torch.nn.Module):
+    """Five layers of fixed random maps: any mix-up of views, of layers or of x and y gives other numbers."""
+    grid, prototypes, num_classes = (7, 7), (6, 5, 4, 3, 4), 8
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            self.conv = torch.nn.Conv2d(3, sum(self.prototypes) + 8, 8, 8)
+        self.amp = []
+
+    def forward(self, images):
+        self.amp.append(torch.is_autocast_enabled("cpu"))
+        *maps, logits = self.conv(images).float().mul(3).split((*self.prototypes, 8), 1)
+        return ivpt.Output(logits.amax((2, 3)), None, [a.softmax(1) for a in maps], [], [], None)
+
+
 EVALUATE_SPOTS = [(8, 8), (56, 8), (8, 56), (56, 56), (32, 32), (20, 44), (44, 20), (12, 40)]
 EVALUATE_LABELS = [0, 0, 0, 0, 2, 2, 2, 2]
 
@@ -1508,6 +1662,77 @@ def test_evaluate_end_to_end_by_hand(tmp_path):
     assert metrics["headline"] == {"layer": 0, "consistency": 50, "stability": 100}            # the third from the end
     assert metrics["protocol"]["images"] == 8 and metrics["protocol"]["classes_with_images"] == 2
     json.dumps(metrics, allow_nan=False)
+
+
+@torch.no_grad()
+def test_evaluate_equals_the_protocol_written_out(tmp_path):
+    """One image at a time: which view, which maps and which noise every number is made from."""
+    rng, n, S, seed = np.random.default_rng(0), 12, 56, 3
+    labels = [0, 1, 2, 3, 4, 5, 6, 6, 7, 7, 7, 7]
+    boxes = [(*rng.integers(0, 20, 2), *rng.integers(25, 44, 2)) for _ in range(n)]
+    spots = [tuple(rng.integers(8, 60, 2).tolist()) for _ in range(n)]
+    folder = evaluate_folder(tmp_path / "cub", spots, labels, size=(90, 64), boxes=boxes, classes=8,
+                             visible=[1] * 10 + [0, 1])
+    for file in folder.glob("images/*.png"):
+        Image.fromarray(rng.integers(0, 256, (8, 11, 3), np.uint8)).resize((90, 64)).save(file)
+    model, view, box = EvaluateConv(), *(data.CUB(folder, "test", kind, S) for kind in ("test", "box"))
+    metrics = evaluate.evaluate(model, folder, S, batch_size=5, seed=seed, progress=False)
+    keypoints, right, layers = torch.stack([box[i][2] for i in range(n)]), 0, range(5)
+    maps = [[[] for _ in layers] for _ in range(3)]
+    counts, patches = ([torch.zeros(K, 2) for K in model.prototypes] for _ in range(2))
+    for i in range(n):
+        noise = np.random.default_rng((seed, i)).standard_normal((3, S, S), np.float32)
+        image, label, points, _ = view[i]
+        clean = box[i][0]
+        outputs = [model(x[None]) for x in (image, clean, clean + torch.from_numpy(0.2 * noise).clamp(-0.25, 0.25))]
+        right += int(outputs[0].logits.argmax()) == label
+        x, y, w, h = boxes[i]
+        for l in layers:
+            for of_view, output in zip(maps, outputs):
+                of_view[l].append(output.attention[l][0])
+            region = outputs[0].attention[l][0].argmax(0)                                       # (h, w)
+            for m, (u, v, seen) in enumerate(points.tolist()):
+                if seen:
+                    counts[l][region[int(v // 8), int(u // 8)], m] += 1
+            for row in range(7):                        # 90 x 64 becomes 78 x 56, of which columns 11 to 67 are seen
+                for column in range(7):
+                    u, v = (8 * column + 4 + 11) * 90 / 78, (8 * row + 4) * 64 / 56
+                    patches[l][region[row, column], int(x <= u <= x + w and y <= v <= y + h)] += 1
+    visible, labels = keypoints[:, :, 2] > 0, torch.tensor(labels)
+    for l, layer in enumerate(metrics["layers"]):
+        clean, noisy = (torch.stack(of_view[l])[:, :-1] for of_view in maps[1:])
+        random, draws = [], np.random.default_rng((seed, l))
+        for _ in range(10):
+            peaks = torch.from_numpy(draws.integers(0, 224, (n, clean.shape[1], 2)))
+            random.append(evaluate.consistency(evaluate.hits_of(peaks, keypoints), visible, labels))
+        hits, fixed = (evaluate.part_hits(a, keypoints) for a in (clean, clean.mean(0).expand_as(clean)))
+        share = hits.sum(0) / visible.sum(0)
+        inside, won = patches[l].sum(0), patches[l][:-1].sum(0)
+        expected = dict(
+            consistency=evaluate.consistency(hits, visible, labels), random_location=np.mean(random),
+            stability=evaluate.stability(hits, evaluate.part_hits(noisy, keypoints), labels),
+            constant_location=evaluate.consistency(fixed, visible, labels),
+            foreground_outside=100 * won[0] / inside[0], foreground_inside=100 * won[1] / inside[1],
+            foreground=100 * won.sum() / (49 * n), nmi=evaluate.agreement(counts[l])[0],
+            ari=evaluate.agreement(counts[l])[1])
+        assert {key: layer[key] for key in expected} == pytest.approx({k: float(v) for k, v in expected.items()})
+        assert layer["wins"] == patches[l].sum(1).int().tolist()
+        for row, best in zip(share, layer["parts_hit"]):
+            assert dict(map(tuple, best)) == pytest.approx({"mark": 100 * float(row[0]), "tail": 100 * float(row[1])})
+    assert metrics["accuracy"] == 100 * right / n and 0 < right < n
+    for key in ("stability", "random_location", "consistency", "constant_location", "foreground_inside"):
+        assert len({layer[key] for layer in metrics["layers"]}) > 1, key    # or the check above would see nothing
+    headline = metrics["layers"][2]
+    assert metrics["headline"] == dict(layer=2, consistency=headline["consistency"], stability=headline["stability"])
+    pairs = [(layer["consistency"], layer["stability"]) for layer in metrics["layers"]]
+    assert pairs.count(pairs[2]) == 1                                       # or any other layer would pass for it
+    assert metrics["protocol"]["data"] == "cub" and not any(model.amp)
+
+
+def test_evaluate_amp_reaches_the_model(tmp_path):
+    folder, model = evaluate_folder(tmp_path / "cub", EVALUATE_SPOTS, EVALUATE_LABELS), EvaluateConv()
+    assert evaluate.evaluate(model, folder, 56, amp=True, progress=False)["protocol"]["amp"] is True
+    assert model.amp == [True] * 3
 
 
 def test_evaluate_nothing_but_the_seed_changes_the_numbers(tmp_path):
@@ -1545,7 +1770,8 @@ def test_evaluate_patches_inside_the_box(tmp_path, size, box):
 
 def test_evaluate_without_key_points(tmp_path, capsys):
     folder = evaluate_folder(tmp_path / "cub", EVALUATE_SPOTS, EVALUATE_LABELS, parts=())
-    metrics = evaluate.evaluate(EvaluateFake(), folder, 56, progress=False)
+    metrics = evaluate.evaluate(EvaluateFake(), folder, 56)
+    assert "warning: the data has no key points" in capsys.readouterr().err
     assert metrics["headline"]["consistency"] is None and "key points" in metrics["unavailable"]
     assert all(layer[key] is None for layer in metrics["layers"] for key in evaluate.PART_METRICS)
     assert metrics["layers"][0]["peak_spreads"][0] > 40 and metrics["accuracy"] == 50
@@ -1595,6 +1821,61 @@ def test_evaluate_gallery_keeps_the_nine_strongest_claims_of_all():
     assert sorted(gallery.examples) == np.linspace(0, n - 1, 6).astype(int).tolist()
 
 
+def test_evaluate_pictures_show_what_they_say():
+    grey, colour = np.full((112, 112, 3), 200, np.uint8), evaluate.COLOURS.astype(int)
+    mask = np.zeros((4, 4), bool)
+    mask[1, 1:3] = True                                                     # two patches of 28 pixels, side by side
+    picture = np.asarray(evaluate.spotlight(grey, mask, 67)).astype(int)    # concept 67 wears colour 3
+    assert picture[42, 42].tolist() == picture[42, 56].tolist() == [200] * 3            # seen, and no frame between
+    assert picture[28, 42].tolist() == picture[42, 28].tolist() == picture[55, 83].tolist() == colour[3].tolist()
+    assert picture[27, 42].tolist() == picture[42, 84].tolist() == [150] * 3            # the rest grey
+    region = np.array([[0, 1], [2, 2]])
+    picture = np.asarray(evaluate.paint(grey, region, 3)).astype(int)
+    for (y, x), k in (((28, 28), 0), ((28, 84), 1)):
+        assert np.abs(picture[y, x] - (0.45 * 200 + 0.55 * evaluate.COLOURS[k])).max() <= 1              # cut to bytes
+    assert picture[84, 28].tolist() == picture[84, 84].tolist() == [238] * 3            # pale: the background
+    row = evaluate.strip(grey, [region, 2 - region], (3, 3), 112, [(30, 60, 1), (90, 60, 0)])
+    assert row.size == (3 * 112 + 2 * 6, 112) and row.getpixel((115, 50)) == (255, 255, 255)
+    assert row.getpixel((30, 60)) == (255, 212, 0) and row.getpixel((90, 60)) == (200, 200, 200)        # hidden: no dot
+    assert row.getpixel((118 + 28, 28)) == tuple(picture[28, 28]) and row.getpixel((118 + 84, 84)) == (238, 238, 238)
+    assert row.getpixel((236 + 28, 28)) == (238, 238, 238) and row.getpixel((236 + 84, 84)) == tuple(picture[28, 28])
+
+
+def test_evaluate_tree_draws_the_mean_weights():
+    fake = EvaluateFake()
+    fake.prototypes = (4, 3)
+    gallery = evaluate.Gallery(fake, 4)
+    gallery.groups = [torch.tensor([[3.0, 1.0], [0.0, 0.0], [0.08, 1.92]])]   # sums; concept 2 never won
+    svg = gallery.tree(0)
+    assert re.findall(r"stroke-width:([\d.]+);opacity:([\d.]+)", svg) == [
+        ("9.0", "0.75"), ("3.0", "0.45"), ("11.5", "0.88")]                 # 75 %, 25 %, 96 %; not the 4 %
+    assert re.findall(r">(\d+)</text>", svg) == ["1", "75", "3", "96", "1", "2"]
+
+
+def test_evaluate_bars_point_to_the_side_of_their_sign():
+    top, votes, region = [("a", 60.0), ("b", 40.0)], [0.5, -1.0], np.zeros((2, 2), int)
+    sheet = evaluate.draw_explanation(np.full((56, 56, 3), 9, np.uint8), top, votes, [region] * 3, (3,) * 3)
+    lines = evaluate.words(top, votes, [region] * 3, (3,) * 3).count("\n") + 1
+    for g, (near, far, other) in enumerate(((460, 570, 440), (440, 205, 460))):         # half of 250, and all of it
+        y = 262 + 22 * (lines - 2 + g) + 7
+        colour = tuple(evaluate.COLOURS[g].astype(int))
+        assert sheet.getpixel((near, y)) == sheet.getpixel((far, y)) == colour != sheet.getpixel((other, y))
+    assert sheet.getpixel((580, 262 + 22 * (lines - 2) + 7)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("text, shown, hidden", [
+    ('{"epoch": 0, "loss": 3.5}\n{"epoch": 1, "loss": 2.5}\n{"epoch": 2, "lo', ["2.5 to 3.5"], ["lo<"]),
+    ('null\n7\n[1]\n\n{"epoch": 0, "loss": 4.5}', ["loss <b>4.5</b>", "M5.0,75.0h0"], []),
+    ('{"loss": NaN, "a": 1}\n{"loss": 2.25, "a": Infinity}', ["2.25 to 2.25", "1 to 1"], ["nan", "inf"]),
+    ('{"loss": 1}\n{"loss": 2, "late": 6, "note": "x"}\n{"late": 8}', ["1 to 2", "6 to 8", "M100.0,75.0"], ["note"]),
+    ('{"a<b": 1}\n{"a": 1' + "0" * 400 + "}", ["a&lt;b"], ["<b>1e"]), ("", ["no curves"], ["svg"])])
+def test_evaluate_curves_survive_any_log(tmp_path, text, shown, hidden):
+    (tmp_path / "log.jsonl").write_text(text)
+    page = evaluate.curves(tmp_path / "log.jsonl")
+    assert all(word in page for word in shown) and not any(word in page for word in hidden)
+    assert "no curves" in evaluate.curves(tmp_path / "none.jsonl")
+
+
 def evaluate_checkpoint(monkeypatch, root, classes):
     """Have the command line meet the fake model in place of a trained one."""
     options = dict(data="cub", data_root=str(root), image_size=56, amp=False, seed=3, recipe="paper", bias="after",
@@ -1620,9 +1901,14 @@ def test_evaluate_command_line_writes_metrics_and_gallery(tmp_path, monkeypatch,
     assert len(set(links)) > 20 and all((pictures / link).is_file() for link in links)          # relative, and there
     assert "http" not in page and "<script" not in page and "Never win a patch: 3." in page
     assert ("mark 100 %" in page) == bool(parts) and ("no key points" in page) == (not parts) and "2.5 to 3.5" in page
+    for words in ("✓ truly Bird 0", "✗ truly Bird 2", "73 x 73", "start afresh", "5 % or less"):
+        assert words in page
     evaluate.main(["--ckpt", str(run / "last.pt"), "--visualize", str(pictures), "--image", str(bird_image(bird))])
     assert Image.open(pictures / "bird_explained.png").size[0] > 800
     assert "1. 001.Bird_0" in capsys.readouterr().out
+    other = bird_image(tmp_path / "bird.jpg")                               # the same name, another picture
+    evaluate.main(["--ckpt", str(run / "last.pt"), "--image", str(bird), str(other)])
+    assert sorted(f.name for f in tmp_path.glob("*explained*")) == ["bird_explained.png", "bird_explained_2.png"]
 
 
 def bird_image(path):
@@ -1658,12 +1944,12 @@ def test_evaluate_reads_any_image(tmp_path):
         image.save(tmp_path / name)
     plain.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", exif=exif, quality=95)
     for name in [*files, "turned.jpg"]:
-        image = evaluate.read_any(tmp_path / name)
+        image = data.read_image(tmp_path / name, upright=True)
         dark, bright = np.asarray(image).astype(int)[10, [15, 30]]
         expected = (0, 255) if name == "one.png" else (51, 204)
         assert image.mode == "RGB" and image.size == (40, 20), name
         assert np.abs(dark - expected[0]).max() <= 4 and np.abs(bright - expected[1]).max() <= 4, name      # 4: JPEG
-    assert (np.asarray(evaluate.read_any(tmp_path / "clear.png"))[:, :10] == 255).all()     # transparent: white
+    assert (np.asarray(data.read_image(tmp_path / "clear.png"))[:, :10] == 255).all()     # transparent: white
 
 
 def test_evaluate_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
@@ -1675,7 +1961,7 @@ def test_evaluate_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
         return error
     folder = evaluate_folder(tmp_path / "data" / "CUB_200_2011", EVALUATE_SPOTS, EVALUATE_LABELS)
     (tmp_path / "file").write_text("not an image, not a folder, not a checkpoint")
-    assert "no such file" in fails("--ckpt", tmp_path / "none.pt")
+    assert "no such file" in fails("--ckpt", tmp_path / "none.pt").lower()
     assert "file" in fails("--ckpt", tmp_path / "file")
     evaluate_checkpoint(monkeypatch, tmp_path / "data", ["other"])
     assert "found 4 classes, expected the 1" in fails("--ckpt", tmp_path / "last.pt")
@@ -1687,9 +1973,29 @@ def test_evaluate_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
     assert f"--visualize {tmp_path}/file" in fails("--ckpt", tmp_path / "last.pt", "--visualize", tmp_path / "file")
     for name in ("file", "none.jpg"):
         error = fails("--ckpt", tmp_path / "last.pt", "--image", tmp_path / name)
-        assert f"--image {tmp_path}/{name}: not a readable image" in error
+        assert f"{tmp_path}/{name}: not a readable image" in error
     evaluate_checkpoint(monkeypatch, tmp_path / "data", data.CUB(folder, "test", "test", 56).classes)
+    for option, value, least in (("--batch-size", 0, 1), ("--workers", -1, 0), ("--seed", -1, 0)):
+        assert f"{option} {value}: expected {least} or more" in fails("--ckpt", tmp_path / "last.pt", option, value)
     (folder / "images" / "3.png").write_text("broken")
     for workers in (0, 2):                                                  # a worker wraps the message in a traceback
         assert "3.png: not a readable image" in fails("--ckpt", tmp_path / "last.pt", "--workers", workers)
     assert not (tmp_path / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), 2, "out of memory"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 2, "DataLoader worker (pid 7) is killed"),
+    (OSError("Caught OSError in DataLoader worker process 0.\nTraceback:\nPermissionError: x.png"), 2, "error: x.png"),
+    (KeyboardInterrupt(), 130, "interrupted")])
+def test_evaluate_failures_of_the_machine_are_one_line(monkeypatch, capsys, error, code, words):
+    def fail(_):
+        raise error
+    monkeypatch.setattr(evaluate, "run", fail)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--ckpt", "last.pt"])
+    line = capsys.readouterr().err
+    assert stop.value.code == code and line.startswith("error: ") and line.count("\n") == 1 and words in line
+    error = RuntimeError("a bug of ours")                                   # keeps its traceback
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        evaluate.main(["--ckpt", "last.pt"])
