@@ -26,7 +26,6 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch.library import triton_op, wrap_triton
-from torch.utils.benchmark import Timer
 
 try:
     import triton
@@ -43,7 +42,7 @@ def _attend(x, prototypes, bias, bias_after_softmax, smoothing):
     logits = F.linear(x, 2 * prototypes, -prototypes.square().sum(1))                           # (B, N, K)
     softmax = (logits if bias_after_softmax else logits + bias.T).softmax(-1)
     shifted = softmax + bias.T if bias_after_softmax else softmax
-    attention = shifted.clamp(min=0)
+    attention = torch.where(shifted < 0, 0, shifted)        # clamp(min=0) would stop the gradient of an exact 0
     if smoothing > 0:
         attention = (attention + smoothing) / (attention + smoothing).sum(-1, keepdim=True)
     return softmax, shifted, attention
@@ -456,11 +455,12 @@ def two_reads(x, prototypes, bias, product_form=False):
     region = attention * torch.zeros_like(attention).scatter(-1, attention.argmax(-1, keepdim=True), 1)
     weight, mass = region.to(x.dtype).mT, region.sum(1)
     pooled = (x.mT[:, :, None] * weight[:, None]).sum(-1).mT if product_form else weight @ x    # and here again
-    return attention.mT, pooled / mass.clamp(min=1e-30).to(x.dtype)[..., None], mass
+    return attention.mT, pooled / torch.where(mass > 0, mass, 1).to(x.dtype)[..., None], mass
 
 
 def measure(run, cuda):
     """Microseconds: median, 20 % and 80 % of the GPU's time (without a GPU: of wall time), median of the wall time."""
+    from torch.utils.benchmark import Timer                 # here, as it warns of a CUDA toolkit without a GPU
     wall = Timer("run()", globals=dict(run=run), num_threads=torch.get_num_threads()).blocked_autorange()
     marks = triton.testing.do_bench(run, quantiles=(0.5, 0.2, 0.8)) if cuda else (
         1e3 * torch.tensor(wall.times).quantile(torch.tensor((0.5, 0.2, 0.8)))).tolist()
