@@ -271,33 +271,46 @@ def _check_shapes(ours, theirs, what):
 
 # ---------------------------------------------------------------- the concept layer and the fusion
 
+def unit_patches(patches):
+    """Patches (..., D) at the one length D^(1/4). Between such vectors the squared distance is 2 sqrt(D) (1 - cosine): soft
+    shares, as in attention. As they come, their squared distances are in the hundreds, and the softmax is one-hot."""
+    return F.normalize(patches.float(), dim=-1) * patches.shape[-1] ** 0.25
+
+
 class ConceptLayer(nn.Module):
     """Concept region discovery and intra-region aggregation: K class-agnostic prototypes claim N patches."""
 
-    def __init__(self, K, width, N, bias_after_softmax):
+    def __init__(self, K, width, N, bias_after_softmax, cosine, spatial_bias, regions):
         super().__init__()
-        self.bias_after_softmax = bias_after_softmax
+        self.bias_after_softmax, self.cosine, self.regions = bias_after_softmax, cosine, regions
         self.prototypes = nn.Parameter(0.05 * torch.randn(K, width))
-        self.bias = nn.Parameter(torch.zeros(K, N))
+        self.bias = nn.Parameter(torch.zeros(K, N), requires_grad=spatial_bias)  # ablation --no-bias: it stays zero
 
     def forward(self, patches, **options):
         """patches (B, N, D) -> attention (B, K, N), pooled (B, K, D), mass (B, K)."""
-        return prototype_attention(patches, self.prototypes, self.bias, self.bias_after_softmax, **options)
+        patches = unit_patches(patches) if self.cosine else patches
+        attention, pooled, mass = prototype_attention(patches, self.prototypes, self.bias, self.bias_after_softmax, **options)
+        if not self.regions:  # ablation --no-regions: global attention, every patch counts by its share of the concept
+            mass = attention.sum(2)
+            pooled = (attention / mass[..., None].clamp_min(1e-30)).to(patches.dtype) @ patches
+        return attention, pooled, mass
 
 
 class Fusion(nn.Module):
-    """Fine-to-coarse fusion: K - 1 region features, grouped into G, become G prompts."""
+    """Fine-to-coarse fusion: K - 1 region features, grouped into G, become G prompts. Without grouping G is K - 1."""
 
-    def __init__(self, width, G, mlp):
+    def __init__(self, width, G, mlp, grouped):
         super().__init__()
         self.G = G
-        self.grouping = nn.Linear(width, G)
+        self.grouping = nn.Linear(width, G) if grouped else None
         self.norm = nn.LayerNorm((G, width))
         linear = nn.Linear(width, width)  # footnote: the text has an MLP here, the released program one Linear
         self.head = nn.Sequential(linear, nn.GELU(), nn.Linear(width, width)) if mlp else linear
 
     def forward(self, pooled, mass):
         """pooled (B, K-1, D), mass (B, K-1), no gradient -> prompts (B, G, D), groups (B, K-1, G) with rows of sum 1."""
+        if self.grouping is None:  # ablation --no-fusion: every fine concept prompts by itself
+            return self.head(self.norm(pooled)), None
         logits = self.grouping(pooled).float()  # (B, K-1, G)
         # footnote: the released program samples Gumbel noise in evaluation too; here evaluation is deterministic
         groups = F.gumbel_softmax(logits, tau=1.0) if self.training else logits.softmax(-1)
@@ -327,11 +340,14 @@ class IVPT(nn.Module):
     bias_after_softmax: a = max(softmax + bias, 0) as in the paper's text; False: softmax(logit + bias), as released.
     fusion_mlp: fusion head with an MLP (paper) or one Linear (released).
     tune: what of the backbone is trained: "none" (paper), "tokens" (cls, registers, positions; released), "all".
+    cosine: patches are brought to one length before they meet the prototypes (ours; see unit_patches).
+    spatial_bias, regions, cross_layer, fusion: False takes that idea away, for the ablation. Without cross-layer prototypes
+        the last concept layer stands alone, and nothing is prompted.
     Raises ValueError where the prototypes do not fit the backbone. The backbone is used, not copied.
     """
 
     def __init__(self, backbone, num_classes, prototypes=(17, 14, 11, 8, 5), bias_after_softmax=True, fusion_mlp=True,
-                 tune="none"):
+                 tune="none", cosine=False, spatial_bias=True, regions=True, cross_layer=True, fusion=True):
         super().__init__()
         prompted = len(prototypes) - 1
         if prompted < 1 or min(prototypes) < 2 or prompted > len(backbone.blocks):
@@ -341,15 +357,16 @@ class IVPT(nn.Module):
             raise ValueError(f"tune {tune!r}: expected none, tokens or all")
         if min(backbone.grid) < 3:
             raise ValueError(f"image size {backbone.image_size}: {backbone.grid} patches, expected at least 3 a side")
+        prototypes = tuple(prototypes) if cross_layer else tuple(prototypes)[-1:]
         self.backbone, self.grid = backbone, backbone.grid
-        self.num_classes, self.prototypes = num_classes, tuple(prototypes)
+        self.num_classes, self.prototypes = num_classes, prototypes
         D, G, N = backbone.width, prototypes[-1] - 1, self.grid[0] * self.grid[1]
         tokens = ("cls_token", "register_tokens", "pos_embed")
         for name, parameter in backbone.named_parameters():
             parameter.requires_grad = name != "mask_token" and (tune == "all" or (tune == "tokens" and name in tokens))
         self.tune = tune
-        self.concepts = nn.ModuleList(ConceptLayer(K, D, N, bias_after_softmax) for K in prototypes)
-        self.fusions = nn.ModuleList(Fusion(D, G, fusion_mlp) for _ in range(prompted))
+        self.concepts = nn.ModuleList(ConceptLayer(K, D, N, bias_after_softmax, cosine, spatial_bias, regions) for K in prototypes)
+        self.fusions = nn.ModuleList(Fusion(D, G if fusion else K - 1, fusion_mlp, fusion) for K in prototypes[:-1])
         self.norm = nn.LayerNorm((G + 1, D))
         self.classifier = nn.Linear(D, num_classes, bias=False)  # one for all concepts
         for module in [*self.fusions.modules(), self.classifier]:
@@ -369,14 +386,14 @@ class IVPT(nn.Module):
             raise ValueError(f"images of {tuple(images.shape[2:])}: expected patches of {self.backbone.patch_size} on a grid of "
                              f"{(h, w)}, which this model's spatial biases were made for")
         graph = torch.is_grad_enabled() and backbone_graph
-        prompted = len(self.fusions)
+        free = len(self.backbone.blocks) - len(self.fusions)  # blocks without prompts
         with torch.set_grad_enabled(graph and self.tune != "none"):  # frozen: nothing to learn before the first prompt
             tokens = self.backbone.embed(images)
-            for block in self.backbone.blocks[:-prompted]:
+            for block in self.backbone.blocks[:free]:
                 tokens = block(tokens)
 
         attention, groups, fused = [], [], []
-        for concept, fusion, block in zip(self.concepts, self.fusions, self.backbone.blocks[-prompted:]):
+        for concept, fusion, block in zip(self.concepts, self.fusions, self.backbone.blocks[free:]):
             patches = self.backbone.norm(tokens[:, self.backbone.prefix:]).detach()  # e = LN(sg(x_l)), (B, N, D)
             a, pooled, mass = concept(patches)
             a = (a + SMOOTHING) / (a + SMOOTHING).sum(1, keepdim=True)  # (B, K, N)
@@ -384,6 +401,8 @@ class IVPT(nn.Module):
             with torch.set_grad_enabled(graph):
                 tokens = block(tokens, prompts)
             attention.append(a.unflatten(2, (h, w)))
+            if S is None:
+                continue
             groups.append(S)
             with torch.autocast(a.device.type, enabled=False):  # shares that sum to 1 must not be rounded to bf16
                 fused.append(torch.cat([S.transpose(1, 2) @ a[:, :-1], a[:, -1:]], dim=1).unflatten(2, (h, w)))
@@ -402,8 +421,9 @@ class IVPT(nn.Module):
 def build(options, num_classes, backbone=None):
     """The model that a run's options describe (train.Options as a dict); backbone: one already loaded."""
     backbone = backbone or load_backbone(options["weights"], options["image_size"])
+    kept = (not options[f"no_{idea}"] for idea in ("bias", "regions", "cross_layer", "fusion"))
     return IVPT(backbone, num_classes, tuple(options["prototypes"]), options["bias"] == "after", options["fusion"] == "mlp",
-                options["tune"])
+                options["tune"], options["distance"] == "cosine", *kept)
 
 
 def trained_state(model):

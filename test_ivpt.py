@@ -1816,7 +1816,8 @@ def test_scripts_end_to_end(bird_root, tmp_path):
 def test_bench_prints_a_table_and_a_json_line(capsys):
     train.bench(train.parse(["--bench", "--weights", "toy", "--tune", "none", "--image-size", "56", "--batch-size", "2", "--no-amp"]))
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert row["ratio"] == pytest.approx(row["step_ms_per_image"] / row["forward_ms_per_image"], rel=0.01)
+    assert 1 < row["ratio"] < 100 and row["step_ms_per_image"] > row["forward_ms_per_image"] > 0  # a step holds two forwards
+    assert row["peak_gib_above_model"] >= 0 and row["dtype"] == "fp32" and row["recipe"] == "paper"
 
 
 def damaged(kind, path):

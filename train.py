@@ -45,7 +45,9 @@ import model as ivpt
 RECIPES = {
     "paper": dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5),
     "released": dict(bias="inside", fusion="linear", tune="tokens", lr_bias=2e-4),
+    "tuned": dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5, start="kmeans", distance="cosine", lr_prototypes=2e-5),
 }
+COMMON = dict(start="noise", distance="euclidean", lr_prototypes=2e-4)  # where a recipe is silent
 # What a data set wants where the command line is silent.
 PRESETS = {
     "toy": dict(weights="toy", image_size=112, epochs=16),
@@ -64,16 +66,23 @@ class Options:
     out: str = option(None, "run folder (runs/DATA)")
     weights: str = option(None, "backbone: vits14, vitb14, vitl14, vitg14, each also with _reg4, or a state dict's file")
     image_size: int = option(None, "side of the square input in pixels, divisible by the patch")
-    recipe: str = option("paper", "the paper's text, or the authors' released program", choices=list(RECIPES))
+    recipe: str = option("paper", "the paper's text, the authors' released program, or ours", choices=list(RECIPES))
     bias: str = option(None, "spatial bias after or inside the softmax (by recipe)", choices=["after", "inside"])
     fusion: str = option(None, "fusion head (by recipe)", choices=["mlp", "linear"])
     tune: str = option(None, "what of the backbone is trained (by recipe)", choices=["none", "tokens", "all"])
+    start: str = option(None, "prototypes start as noise, or as k-means centres of frozen patches (by recipe)", choices=["noise", "kmeans"])
+    distance: str = option(None, "between patch and prototype: as they come, or patches of one length (by recipe)",
+                           choices=["euclidean", "cosine"])
+    no_bias: bool = option(False, "ablation: no spatial bias", action="store_true")
+    no_regions: bool = option(False, "ablation: global attention pools, not the regions", action="store_true")
+    no_cross_layer: bool = option(False, "ablation: concepts at the output alone, no prompts", action="store_true")
+    no_fusion: bool = option(False, "ablation: every fine concept prompts by itself", action="store_true")
     prototypes: tuple = option((17, 14, 11, 8, 5), "prototypes per concept layer, the background counted", nargs="+", type=int)
     epochs: int = option(None, "passes over the training images (25; 16 for toy)")
     batch_size: int = option(16, "images in one optimiser step, over all processes and accumulated parts")
     accumulate: int = option(1, "parts each batch is computed in, to save memory")
     lr: float = option(1e-2, "learning rate of class head, grouping, fusion and head LayerNorm, at batch 16")
-    lr_prototypes: float = option(2e-4, "learning rate of prototypes and tuned tokens, at batch 16")
+    lr_prototypes: float = option(None, "learning rate of prototypes and tuned tokens, at batch 16 (by recipe)")
     lr_bias: float = option(None, "learning rate of the spatial biases: how strongly they may act (by recipe)")
     lr_backbone: float = option(5e-4, "learning rate of the backbone where --tune all trains it")
     seed: int = option(42, "seeds weights, order, augmentation and noise")
@@ -97,7 +106,7 @@ def parse(argv=None):
         kind = {} if "action" in f.metadata or "nargs" in f.metadata else dict(type=f.type)
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind, **f.metadata)
     o = Options(**vars(parser.parse_args(argv)))
-    defaults = dict(RECIPES[o.recipe], **PRESETS.get(o.data, PRESETS["cub"]), out=f"runs/{o.data}")
+    defaults = dict(COMMON | RECIPES[o.recipe], **PRESETS.get(o.data, PRESETS["cub"]), out=f"runs/{o.data}")
     if (o.weights or defaults["weights"]) == "toy":
         defaults["tune"] = "all"
     for name, value in defaults.items():
@@ -202,7 +211,8 @@ class Objective(nn.Module):
         maps, L = out.attention, len(out.attention)
         losses = {
             "classification": classification(out.logits, labels),
-            "region_consistency": sum(region_consistency(maps[-1], fused) for fused in out.fused) / (L - 1),
+            "region_consistency": sum((region_consistency(maps[-1], fused) for fused in out.fused),
+                                      start=out.logits.new_zeros(())) / max(1, len(out.fused)),
             "total_variation": sum(map(total_variation, maps)) / L,
             "presence": sum(map(presence, maps)) / L,
             "background_presence": sum(map(background_presence, maps)) / L,
@@ -212,6 +222,71 @@ class Objective(nn.Module):
         }
         losses["loss"] = sum(losses.values())  # every weight is 1
         return losses, (out.logits.argmax(1) == labels).sum()
+
+
+# ---------------------------------------------------------------- where the prototypes start
+
+@torch.no_grad()
+def start_prototypes(model, dataset, seed, images=512, patches=100):
+    """Prototypes as centres of the frozen patches that they will meet: k-means in every concept layer (`--start kmeans`).
+
+    The first principal component of the patches splits them in two; the half that keeps to the middle of the images is
+    foreground, as the paper's own background loss has it, and is cut into K - 1 clusters; the mean of the other is the
+    background. dataset: training images in the test view; no label, box or key point is read.
+    """
+    backbone, device = model.backbone, model.classifier.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(dataset), generator=generator)[:images].tolist()
+    samples, radii = [[] for _ in model.concepts], []
+    y, x = (torch.linspace(-1, 1, side) for side in model.grid)
+    radius = (y[:, None] ** 2 + x ** 2).flatten()  # (N), as in background_presence
+    for batch, *_ in DataLoader(dataset, 16, sampler=chosen):
+        tokens = backbone.embed(batch.to(device))
+        kept = torch.randperm(len(radius), generator=generator)[:patches]
+        radii.append(radius[kept].repeat(len(batch)))
+        for depth in range(len(backbone.blocks) + 1):
+            layer = depth - len(backbone.blocks) + len(model.concepts) - 1
+            if layer >= 0:
+                e = backbone.norm(tokens[:, backbone.prefix:])[:, kept]
+                samples[layer].append(ivpt.unit_patches(e) if model.concepts[layer].cosine else e.float())
+            if depth < len(backbone.blocks):
+                tokens = backbone.blocks[depth](tokens)
+    radii = torch.cat(radii).to(device)
+    for concept, sample in zip(model.concepts, samples):
+        e = torch.cat(sample).flatten(0, 1)  # (n, D)
+        foreground = split(e, radii)
+        centres = kmeans(e[foreground], len(concept.prototypes) - 1, generator)
+        concept.prototypes.copy_(torch.cat([centres, e[~foreground].mean(0, keepdim=True)]))
+
+
+def split(e, radii):
+    """Patches e (n, D), their squared distance from the middle (n) -> bool (n): foreground by the first component."""
+    centred = e - e.mean(0)
+    component = centred @ torch.linalg.eigh(centred.T @ centred)[1][:, -1]  # eigenvalues ascend
+    component = component * -torch.sign((component * (radii - radii.mean())).sum())
+    threshold = component.mean()
+    for _ in range(50):  # 2-means in one dimension
+        above = component > threshold
+        threshold = (component[above].mean() + component[~above].mean()) / 2
+    return component > threshold
+
+
+def kmeans(e, K, generator, restarts=5, iterations=30):
+    """Patches e (n, D) -> the best centres (K, D) of some restarts, each begun by k-means++ (Arthur, Vassilvitskii 2007)."""
+    best, found = math.inf, None
+    for _ in range(restarts):
+        centres, nearest = e[:0], e.new_full((len(e),), 1.0)
+        for _ in range(K):
+            pick = torch.multinomial(nearest.cpu(), 1, generator=generator).to(e.device)
+            centres = torch.cat([centres, e[pick]])
+            nearest = torch.cdist(e, centres).amin(1).square()
+        for _ in range(iterations):
+            owner = torch.cdist(e, centres).argmin(1)
+            sums = torch.zeros_like(centres).index_add_(0, owner, e)
+            centres = sums / torch.bincount(owner, minlength=K).clamp(min=1)[:, None]
+        if (spread := torch.cdist(e, centres).amin(1).square().sum().item()) < best:
+            best, found = spread, centres
+    return found
 
 
 # ---------------------------------------------------------------- the optimiser
@@ -337,6 +412,8 @@ def train(o):
 
     torch.manual_seed(o.seed)
     model = ivpt.build(asdict(o), len(dataset.classes)).to(device)
+    if o.start == "kmeans" and not o.resume:
+        start_prototypes(model, data.CUB(folder, "train", "test", o.image_size), o.seed)
     optimizer, scheduler = make_optimizer(model, o)
     start, done, sums = 0, 0, {}  # epoch, steps done in it, and what they summed up to
     if o.resume:
