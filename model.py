@@ -272,9 +272,8 @@ def _check_shapes(ours, theirs, what):
 # ---------------------------------------------------------------- the concept layer and the fusion
 
 def unit_patches(patches):
-    """Patches (..., D) at the one length D^(1/4). Between such vectors the squared distance is 2 sqrt(D) (1 - cosine): soft
-    shares, as in attention. As they come, their squared distances are in the hundreds, and the softmax is one-hot."""
-    return F.normalize(patches.float(), dim=-1) * patches.shape[-1] ** 0.25
+    """Patches (..., D) at the one length sqrt(D), that of a vector of D standard normal numbers."""
+    return F.normalize(patches.float(), dim=-1) * patches.shape[-1] ** 0.5
 
 
 class ConceptLayer(nn.Module):
@@ -288,8 +287,11 @@ class ConceptLayer(nn.Module):
 
     def forward(self, patches, **options):
         """patches (B, N, D) -> attention (B, K, N), pooled (B, K, D), mass (B, K)."""
-        patches = unit_patches(patches) if self.cosine else patches
-        attention, pooled, mass = prototype_attention(patches, self.prototypes, self.bias, self.bias_after_softmax, **options)
+        prototypes = self.prototypes
+        if self.cosine:  # squared distances over sqrt(D), as in attention: soft shares; as they come, in hundreds, they are 0 or 1
+            scale = patches.shape[-1] ** -0.25
+            patches, prototypes = unit_patches(patches) * scale, prototypes * scale
+        attention, pooled, mass = prototype_attention(patches, prototypes, self.bias, self.bias_after_softmax, **options)
         if not self.regions:  # ablation --no-regions: global attention, every patch counts by its share of the concept
             mass = attention.sum(2)
             pooled = (attention / mass[..., None].clamp_min(1e-30)).to(patches.dtype) @ patches
@@ -340,7 +342,7 @@ class IVPT(nn.Module):
     bias_after_softmax: a = max(softmax + bias, 0) as in the paper's text; False: softmax(logit + bias), as released.
     fusion_mlp: fusion head with an MLP (paper) or one Linear (released).
     tune: what of the backbone is trained: "none" (paper), "tokens" (cls, registers, positions; released), "all".
-    cosine: patches are brought to one length before they meet the prototypes (ours; see unit_patches).
+    cosine: patches are brought to one length, and squared distances divided by sqrt(D) (ours, not the paper's).
     spatial_bias, regions, cross_layer, fusion: False takes that idea away, for the ablation. Without cross-layer prototypes
         the last concept layer stands alone, and nothing is prompted.
     Raises ValueError where the prototypes do not fit the backbone. The backbone is used, not copied.

@@ -701,8 +701,8 @@ RECIPES = {"paper": dict(bias_after_softmax=True, fusion_mlp=True, tune="none"),
 PROTOTYPES = (7, 6, 5, 4, 4)  # the last: G = 3 concepts and the background
 
 
-def tiny_ivpt(recipe="paper", family="registers", classes=6):
-    model = ivpt.IVPT(tiny_backbone(**FAMILIES[family]), classes, PROTOTYPES, **RECIPES[recipe])
+def tiny_ivpt(recipe="paper", family="registers", classes=6, **ablation):
+    model = ivpt.IVPT(tiny_backbone(**FAMILIES[family]), classes, PROTOTYPES, **RECIPES[recipe], **ablation)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if not name.startswith("backbone."):
@@ -1772,6 +1772,86 @@ def test_one_step_of_each_recipe_trains_what_it_should(recipe, bird_root, tmp_pa
     groups = train.make_optimizer(ivpt.build(asdict(options(bird_root, tmp_path)), 10), options(bird_root, tmp_path))[0].param_groups
     assert [group["lr"] for group in groups] == [1e-2, 2e-4, 2e-5, 5e-4]  # the last: a backbone trained along
     assert rates["concepts.0.prototypes"] == 2e-4 and rates["concepts.0.bias"] == (2e-5 if recipe == "paper" else 2e-4)
+
+
+ABLATION = {"no_bias": dict(spatial_bias=False), "no_regions": dict(regions=False), "no_cross_layer": dict(cross_layer=False),
+            "no_fusion": dict(fusion=False)}
+
+
+@pytest.mark.parametrize("idea", ABLATION)
+def test_an_ablation_takes_one_idea_away_and_trains(idea, bird_root, tmp_path):
+    o = options(bird_root, tmp_path, "--" + idea.replace("_", "-"))
+    model = ivpt.build(asdict(o), 10).train()
+    optimizer, _ = train.make_optimizer(model, o)
+    images, labels, theta = torch.randn(2, 3, 56, 56), torch.tensor([0, 1]), data.sample_affine()
+    losses, _ = train.Objective(model)(images, labels, theta)
+    losses["loss"].backward()
+    optimizer.step()
+    unmoved = {n for n, p in model.named_parameters() if p.grad is None and not n.startswith("backbone.")}
+    assert unmoved == (named(model, "concepts.*.bias") if idea == "no_bias" else set())
+    out = model.eval()(images)
+    prompted = 0 if idea == "no_cross_layer" else 4
+    grouped = 0 if idea == "no_fusion" else prompted
+    assert len(out.attention) == prompted + 1 and len(out.groups) == len(out.fused) == grouped and losses["loss"].isfinite()
+    assert (losses["region_consistency"] > 0) == bool(grouped)
+
+
+def test_without_regions_every_patch_counts_by_its_share():
+    for last in (False, True):
+        layer = ivpt.ConceptLayer(3, 64, 9, True, False, True, regions=False)
+        patches = torch.randn(2, 9, 64, requires_grad=True)
+        a, pooled, _ = layer(patches, **dict(smoothing=1e-6, detach_maps=True) if last else {})
+        torch.testing.assert_close(pooled, torch.einsum("bkn,bnd->bkd", a / a.sum(2, keepdim=True), patches))
+
+
+def test_without_fusion_every_fine_concept_is_a_prompt(monkeypatch):
+    model, seen, forward = tiny_ivpt(fusion=False), [], ivpt.Block.forward
+    monkeypatch.setattr(ivpt.Block, "forward", lambda self, x, prompts=None: seen.append(prompts) or forward(self, x, prompts))
+    model(torch.randn(1, 3, 70, 70))
+    assert [p.shape[1] for p in seen if p is not None] == [K - 1 for K in PROTOTYPES[:-1]]
+
+
+# ---------------------------------------------------------------- the tuned recipe: where prototypes start, and the cosine
+
+def test_the_cosine_layer_divides_squared_distances_of_unit_patches_by_sqrt_d():
+    layer, patches = ivpt.ConceptLayer(3, 64, 9, True, True, True, True), torch.randn(2, 9, 64) * 30
+    e = patches / patches.square().mean(-1, keepdim=True).sqrt()
+    logits = -(e[:, None] - layer.prototypes[:, None]).square().sum(-1) / 8
+    torch.testing.assert_close(layer(patches)[0], logits.softmax(1))
+
+
+def test_kmeans_finds_planted_clusters():
+    generator = torch.Generator().manual_seed(0)
+    planted = 10 * torch.eye(6)[:5]
+    e = planted.repeat(40, 1) + 0.1 * torch.randn(200, 6, generator=generator)
+    centres = train.kmeans(e, 5, generator)
+    assert torch.cdist(planted, centres).amin(1).max() < 0.1  # each found, to the mean of 40 deviations of 0.1
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_split_calls_the_middle_of_the_images_foreground(sign):
+    generator = torch.Generator().manual_seed(0)
+    radii = torch.rand(400, generator=generator) * 2
+    bird = radii < 0.6
+    e = torch.randn(400, 8, generator=generator) + sign * 8 * bird[:, None] * torch.eye(8)[2]
+    assert torch.equal(train.split(e, radii, generator), bird)
+
+
+def test_prototypes_start_in_the_patches_they_will_meet(bird_root, tmp_path):
+    """Deterministic; no label, box or key point is read; concepts win patches before the first step."""
+    o, starts = options(bird_root, tmp_path, "--recipe", "tuned"), []
+    dataset = data.CUB(bird_root / "CUB_200_2011", "train", "test", o.image_size)
+    for _ in range(2):
+        dataset.labels, dataset.boxes, dataset.keypoints = dataset.labels * 0, dataset.boxes * 0, dataset.keypoints * 0
+        torch.manual_seed(0)
+        model = ivpt.build(asdict(o), 10)
+        train.start_prototypes(model, dataset, seed=1)
+        starts.append([concept.prototypes.detach().clone() for concept in model.concepts])
+    assert all(torch.equal(a, b) for a, b in zip(*starts))
+    assert all((q.norm(dim=1) <= 128 ** 0.5 + 1e-3).all() for q in starts[0])  # means of vectors of that length
+    images = torch.stack([dataset[i][0] for i in range(40)])
+    won = model.eval()(images).attention[0].argmax(1).unique()  # before any prompt the patches are the frozen ones
+    assert len(won) == 17
 
 
 def test_learning_rates_follow_the_batch_and_halve_every_four_epochs(bird_root, tmp_path):

@@ -45,9 +45,9 @@ import model as ivpt
 RECIPES = {
     "paper": dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5),
     "released": dict(bias="inside", fusion="linear", tune="tokens", lr_bias=2e-4),
-    "tuned": dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5, start="kmeans", distance="cosine", lr_prototypes=2e-5),
+    "tuned": dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5, start="kmeans", distance="cosine", rotation=30),
 }
-COMMON = dict(start="noise", distance="euclidean", lr_prototypes=2e-4)  # where a recipe is silent
+COMMON = dict(start="noise", distance="euclidean", rotation=90)  # where a recipe is silent
 # What a data set wants where the command line is silent.
 PRESETS = {
     "toy": dict(weights="toy", image_size=112, epochs=16),
@@ -73,6 +73,7 @@ class Options:
     start: str = option(None, "prototypes start as noise, or as k-means centres of frozen patches (by recipe)", choices=["noise", "kmeans"])
     distance: str = option(None, "between patch and prototype: as they come, or patches of one length (by recipe)",
                            choices=["euclidean", "cosine"])
+    rotation: float = option(None, "degrees by which training images turn, either way (by recipe)")
     no_bias: bool = option(False, "ablation: no spatial bias", action="store_true")
     no_regions: bool = option(False, "ablation: global attention pools, not the regions", action="store_true")
     no_cross_layer: bool = option(False, "ablation: concepts at the output alone, no prompts", action="store_true")
@@ -82,7 +83,7 @@ class Options:
     batch_size: int = option(16, "images in one optimiser step, over all processes and accumulated parts")
     accumulate: int = option(1, "parts each batch is computed in, to save memory")
     lr: float = option(1e-2, "learning rate of class head, grouping, fusion and head LayerNorm, at batch 16")
-    lr_prototypes: float = option(None, "learning rate of prototypes and tuned tokens, at batch 16 (by recipe)")
+    lr_prototypes: float = option(2e-4, "learning rate of prototypes and tuned tokens, at batch 16")
     lr_bias: float = option(None, "learning rate of the spatial biases: how strongly they may act (by recipe)")
     lr_backbone: float = option(5e-4, "learning rate of the backbone where --tune all trains it")
     seed: int = option(42, "seeds weights, order, augmentation and noise")
@@ -230,9 +231,9 @@ class Objective(nn.Module):
 def start_prototypes(model, dataset, seed, images=512, patches=100):
     """Prototypes as centres of the frozen patches that they will meet: k-means in every concept layer (`--start kmeans`).
 
-    The first principal component of the patches splits them in two; the half that keeps to the middle of the images is
-    foreground, as the paper's own background loss has it, and is cut into K - 1 clusters; the mean of the other is the
-    background. dataset: training images in the test view; no label, box or key point is read.
+    The first principal component of the patches tells birds from backgrounds; foreground is the end of it that keeps to
+    the middle of the images, as in the paper's background loss. It is cut into K - 1 clusters; the mean of the rest is the
+    background prototype. dataset: training images in the test view; no label, box or key point is read.
     """
     backbone, device = model.backbone, model.classifier.weight.device
     generator = torch.Generator().manual_seed(seed)
@@ -254,21 +255,19 @@ def start_prototypes(model, dataset, seed, images=512, patches=100):
     radii = torch.cat(radii).to(device)
     for concept, sample in zip(model.concepts, samples):
         e = torch.cat(sample).flatten(0, 1)  # (n, D)
-        foreground = split(e, radii)
+        foreground = split(e, radii, generator)
         centres = kmeans(e[foreground], len(concept.prototypes) - 1, generator)
         concept.prototypes.copy_(torch.cat([centres, e[~foreground].mean(0, keepdim=True)]))
 
 
-def split(e, radii):
-    """Patches e (n, D), their squared distance from the middle (n) -> bool (n): foreground by the first component."""
+def split(e, radii, generator):
+    """Patches e (n, D), their squared distance from the middle (n) -> bool (n): the uppermost third, by 3-means, along
+    the first component. Of two parts the upper one would hold what lies between bird and background, too."""
     centred = e - e.mean(0)
-    component = centred @ torch.linalg.eigh(centred.T @ centred)[1][:, -1]  # eigenvalues ascend
-    component = component * -torch.sign((component * (radii - radii.mean())).sum())
-    threshold = component.mean()
-    for _ in range(50):  # 2-means in one dimension
-        above = component > threshold
-        threshold = (component[above].mean() + component[~above].mean()) / 2
-    return component > threshold
+    component = centred @ torch.linalg.eigh(centred.T @ centred)[1][:, -1:]  # (n, 1); eigenvalues ascend
+    component = component * -torch.sign((component[:, 0] * (radii - radii.mean())).sum())
+    low, middle, high = kmeans(component, 3, generator).flatten().sort().values
+    return component[:, 0] > (middle + high) / 2
 
 
 def kmeans(e, K, generator, restarts=5, iterations=30):
@@ -283,7 +282,8 @@ def kmeans(e, K, generator, restarts=5, iterations=30):
         for _ in range(iterations):
             owner = torch.cdist(e, centres).argmin(1)
             sums = torch.zeros_like(centres).index_add_(0, owner, e)
-            centres = sums / torch.bincount(owner, minlength=K).clamp(min=1)[:, None]
+            sizes = torch.bincount(owner, minlength=K)[:, None]
+            centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
         if (spread := torch.cdist(e, centres).amin(1).square().sum().item()) < best:
             best, found = spread, centres
     return found
@@ -406,7 +406,7 @@ def train(o):
     device, rank, world = start_processes(o)
     chief = rank == 0
     folder = data.find(o.data, o.data_root)
-    dataset = data.CUB(folder, "train", "train", o.image_size, o.seed)
+    dataset = data.CUB(folder, "train", "train", o.image_size, o.seed, o.rotation)
     if len(dataset) < o.batch_size:
         raise ValueError(f"--batch-size {o.batch_size}: more than the {len(dataset)} training images of {folder}; take less")
 
