@@ -24,6 +24,7 @@ import re
 import resource
 import signal
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -394,7 +395,7 @@ def train(o):
             dataset.epoch, began = epoch, time.time()
             batches = epoch_batches(dataset, o, epoch, rank, world)[done:]  # (steps to do, accumulate, images)
             loader = iter(DataLoader(dataset, batches.shape[2], sampler=batches.flatten().tolist(), num_workers=o.workers,
-                                     pin_memory=device.type == "cuda", worker_init_fn=outlive_a_signal,
+                                     pin_memory=device.type == "cuda", worker_init_fn=heed_parent_alone,
                                      generator=torch.Generator()))  # its own, or a resumed epoch would draw other noise
             for step in range(done, steps):
                 measured = []
@@ -465,9 +466,16 @@ def any_rank(flags, device, world):
     return flags.bool().tolist()
 
 
-def outlive_a_signal(worker):
-    """A loader process survives one SIGTERM (torchrun and batch systems send it to all): the step needs its images."""
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+def heed_parent_alone(worker):
+    """In a loader process: torchrun and batch systems send SIGTERM to it too, but the step at hand needs its images."""
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=wait, daemon=True).start()
 
 
 # ---------------------------------------------------------------- the benchmark
