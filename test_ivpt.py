@@ -1677,6 +1677,43 @@ def test_stopped_in_mid_epoch_and_resumed_is_as_if_never_stopped(bird_root, tmp_
     assert log_of(straight) == log_of(stopped)
 
 
+SIGNALLED = """import os, signal, subprocess, sys
+sys.path.insert(0, {root!r})
+import data, train
+affine, save, calls, saves = data.sample_affine, train.save, [], []
+def third(*generator):
+    calls.append(0)
+    if len(calls) == 3 and {what!r} == "TERM":
+        subprocess.run(["kill", "-TERM", "--", f"-{{os.getpgrp()}}"])
+    return affine(*generator)
+def second(path, content):
+    saves.extend([0] * (path.name == "last.pt"))
+    if len(saves) == 2 and {what!r} == "KILL":
+        os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
+    save(path, content)
+data.sample_affine, train.save = third, second
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the "kill" above is in the group, too; training sets its own
+train.main()
+"""
+
+
+def test_a_kill_while_saving_and_a_signal_to_every_process_of_a_run_cost_nothing(bird_root, tmp_path):
+    """SIGKILL when the log is one epoch ahead of the checkpoint; then SIGTERM, which reaches the loader processes as well."""
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    train.train(options(bird_root, straight))
+    more = [*FEW_BIRDS, "--data-root", bird_root, "--out", run, "--epochs", 2, "--device", "cpu"]
+    for what, code, where, lines, new in (("KILL", -signal.SIGKILL, (1, 0), 2, ()),
+                                          ("TERM", 3, (1, 3), 1, ("--resume", "--workers", 2))):
+        (tmp_path / "run.py").write_text(SIGNALLED.format(root=str(ROOT), what=what))
+        result = ivpt_command(tmp_path / "run.py", *more, *new, start_new_session=True)
+        assert result.returncode == code, result.stderr
+        checkpoint = torch.load(run / "last.pt", weights_only=True)
+        assert (checkpoint["epoch"], checkpoint["step"]) == where and len(log_of(run)) == lines
+    train.train(options(bird_root, run, "--resume"))
+    assert all(torch.equal(a, b) for a, b in zip(parameters(straight).values(), parameters(run).values()))
+    assert log_of(straight) == log_of(run)
+
+
 def test_accumulated_parts_sum_to_the_batch(bird_root, tmp_path):
     """No loss but presence mixes images of a batch; without it, two parts of 8 give the gradient of one batch of 16."""
     o = options(bird_root, tmp_path)
@@ -1738,6 +1775,8 @@ def test_a_killed_or_failing_save_keeps_the_last_checkpoint(tmp_path, monkeypatc
     with pytest.raises(OSError, match="No space left.*the one before it stands"):
         train.save(path, {"epoch": 2})
     assert torch.load(path, weights_only=True) == {"epoch": 1} and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+    with pytest.raises(OSError, match="log.jsonl: could not be written.*none before it"):
+        train.save(tmp_path / "log.jsonl", "a line")
     child = multiprocessing.get_context("fork").Process(target=killed_while_saving, args=(path,))
     child.start()
     child.join(60)
@@ -1893,11 +1932,17 @@ def test_scripts_end_to_end(bird_root, tmp_path):
     one_line_error(ivpt_command("train.py", *more), "--overwrite")
 
 
-def test_bench_prints_a_table_and_a_json_line(capsys):
-    train.bench(train.parse(["--bench", "--weights", "toy", "--tune", "none", "--image-size", "56", "--batch-size", "2", "--no-amp"]))
+def test_bench_prints_a_table_and_a_json_line(bird_root, tmp_path, capsys):
+    train.bench(options(bird_root, tmp_path, "--bench", "--tune", "none", "--batch-size", "2"))
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 1 < row["ratio"] < 100 and row["step_ms_per_image"] > row["forward_ms_per_image"] > 0  # a step holds two forwards
     assert row["peak_gib_above_model"] >= 0 and row["dtype"] == "fp32" and row["recipe"] == "paper"
+    assert 0 < row["loading_ms_per_image"] < 1000
+
+
+class Harm:
+    def __reduce__(self):  # what a plain unpickler would run
+        return pytest.fail, ("a checkpoint ran code",)
 
 
 def damaged(kind, path):
@@ -1907,6 +1952,8 @@ def damaged(kind, path):
         path.write_bytes(b"")
     elif kind == "foreign":
         torch.save({"format": "ivpt"}, path)
+    elif kind == "pickle":
+        torch.save({"format": "ivpt", "options": Harm()}, path)
     elif kind == "shape":
         checkpoint = torch.load(path, weights_only=True)
         checkpoint["model"]["concepts.0.prototypes"] = torch.zeros(3, 128)
@@ -1916,7 +1963,7 @@ def damaged(kind, path):
 
 
 @pytest.mark.parametrize("kind, says", [("truncated", "truncated"), ("empty", "empty"), ("foreign", "not written by train.py"),
-                                        ("shape", "concepts.0.prototypes"), ("backbone", "another frozen backbone")])
+                                        ("pickle", "not a torch file"), ("shape", "concepts.0.prototypes"), ("backbone", "another frozen backbone")])
 def test_damaged_checkpoints_are_named(kind, says, bird_root, tmp_path):
     o = options(bird_root, tmp_path)
     model = ivpt.build(asdict(o), 10)
@@ -1928,6 +1975,9 @@ def test_damaged_checkpoints_are_named(kind, says, bird_root, tmp_path):
     with pytest.raises(ValueError, match=says) as error:
         ivpt.load_checkpoint(path)
     assert "\n" not in str(error.value)
+    if kind == "backbone":  # whole, but for what only --resume needs
+        with pytest.raises(ValueError, match="holds no epoch and no optimizer"):
+            train.load_run(path, o, ["a"] * 10)
 
 
 @pytest.mark.parametrize("arguments, says", [
@@ -1965,10 +2015,13 @@ def test_exit_codes_reach_the_shell(monkeypatch, capsys):
         with pytest.raises(SystemExit) as end:
             train.main()
         assert end.value.code == code
-    monkeypatch.setattr(train, "train", lambda o: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
-    with pytest.raises(SystemExit) as end:
-        train.main()
-    assert end.value.code == 2 and "--accumulate" in capsys.readouterr().err
+    no_memory = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+    for error, says in ((torch.OutOfMemoryError("CUDA out of memory"), "--accumulate"), (RuntimeError(no_memory), "--accumulate"),
+                        (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), "--workers")):
+        monkeypatch.setattr(train, "train", lambda o: (_ for _ in ()).throw(error))
+        with pytest.raises(SystemExit) as end:
+            train.main()
+        assert end.value.code == 2 and says in capsys.readouterr().err
 
 
 def test_unknown_options_exit_with_2():
@@ -1997,17 +2050,32 @@ def test_real_features_know_birds():
 # ---------------------------------------------------------------- two processes
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-def test_two_processes_train_and_evaluate_like_one(bird_root, tmp_path):
-    """torchrun over gloo: rank 0 alone writes, the averaged gradients train, and the sharded metrics equal one process's."""
-    run = tmp_path / "run"
-    more = [*FEW_BIRDS, "--data-root", bird_root, "--epochs", "1", "--device", "cpu", "--accumulate", "2", "--out", run]
+def test_two_processes_train_and_evaluate_like_one(bird_root, tmp_path, monkeypatch):
+    """torchrun over gloo, each batch in two processes x two parts: with the terms that see their own part only made equal,
+    the gradient is one process's; rank 0 alone writes; the sharded metrics equal one process's."""
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    equal = """
+torch.nn.functional.gumbel_softmax = lambda logits, tau: logits.softmax(-1)
+data.sample_affine = lambda: torch.tensor([[0.0, 1, 0], [-1, 0, 0]])
+train.presence = lambda A: 0 * A.sum()
+"""
+    (tmp_path / "run.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, data, train{equal}train.main()\n")
+    for owner, name in ((F, "gumbel_softmax"), (data, "sample_affine"), (train, "presence")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back at the end
+    exec(equal, dict(torch=torch, data=data, train=train))
+    more = [*FEW_BIRDS, "--data-root", bird_root, "--epochs", "1", "--device", "cpu", "--batch-size", "80", "--out"]
+    train.train(train.parse(list(map(str, [*more, alone]))))  # a single step: Adam's first moment is the gradient
     result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                             str(ROOT / "train.py"), *map(str, more)], capture_output=True, text=True, timeout=240,
-                            env=dict(os.environ, OMP_NUM_THREADS="1"))
+                             str(tmp_path / "run.py"), *map(str, more), str(run), "--accumulate", "2"], capture_output=True,
+                            text=True, timeout=240, env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.count("accuracy") == 1 and len((run / "log.jsonl").read_text().splitlines()) == 1
     checkpoint = torch.load(run / "last.pt", weights_only=True)
     assert len(checkpoint["random"]) == 2 and not torch.equal(*(state["cpu"] for state in checkpoint["random"]))
+    expected = torch.load(alone / "last.pt", weights_only=True)["optimizer"]["state"]
+    for i, state in checkpoint["optimizer"]["state"].items():  # fp32 sums in another order
+        scale = expected[i]["exp_avg"].abs().max().item()
+        torch.testing.assert_close(state["exp_avg"], expected[i]["exp_avg"], rtol=1e-3, atol=1e-3 * scale + 1e-9)
     model, _ = ivpt.load_checkpoint(run / "last.pt")
     alone = evaluate.evaluate(model, bird_root / "CUB_200_2011", 56, seed=42, progress=False)
     together = json.loads((run / "metrics.json").read_text())

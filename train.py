@@ -6,8 +6,9 @@
     python train.py --bench --weights vits14 --image-size 224 --batch-size 8
 
 A run's folder holds config.json (the options), log.jsonl (one object an epoch), last.pt (what --resume and evaluate.py
-read) and metrics.json. Exit codes: 0 done, 2 bad input (one line says what), 3 stopped by SIGINT or SIGTERM and saved:
---resume goes on at the very next batch, 4 the loss stayed non-finite and the last good checkpoint stands.
+read) and metrics.json. Exit codes: 0 done; 2 bad input, a full disk or no memory (one line says what); 3 stopped by
+SIGINT or SIGTERM and saved: --resume goes on at the very next batch; 4 the loss stayed non-finite and the last good
+checkpoint stands; 130 or 143 such a signal where there was nothing to save. torchrun has codes of its own.
 
 Several processes: --batch-size counts the images of one optimiser step over all of them. Every rank sees its slice of
 each batch; gradients are averaged. Two terms therefore see their own rank's slice only (and with --accumulate their own
@@ -23,6 +24,7 @@ import re
 import resource
 import signal
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -90,7 +92,7 @@ class Options:
     amp: bool = option(None, "bf16 autocast (default: where the device has bf16)", action=argparse.BooleanOptionalAction)
     compile: bool = option(False, "torch.compile the step", action=argparse.BooleanOptionalAction)
     device: str = option(None, "cuda or cpu (default: what is there)")
-    workers: int = option(None, "loader processes (default: 8 with a GPU, 1 without)")
+    workers: int = option(None, "loader processes of each process (default: with a GPU its share of the cores, at most 8; 1 without)")
     resume: bool = option(False, "go on where the run in --out stopped", action="store_true")
     overwrite: bool = option(False, "replace the run in --out", action="store_true")
     bench: bool = option(False, "time the plain ViT and one training step, and stop", action="store_true")
@@ -117,7 +119,9 @@ def parse(argv=None):
     o.device = o.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_options(o)
     o.amp = has_bf16(o.device) if o.amp is None else o.amp
-    o.workers = (8 if o.device.startswith("cuda") else 1) if o.workers is None else o.workers
+    if o.workers is None:
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if o.device == "cuda" else 1
+        o.workers = min(8, max(1, cores))
     return o
 
 
@@ -311,19 +315,19 @@ def make_optimizer(model, o):
 
 # ---------------------------------------------------------------- checkpoints
 
-def save(path, checkpoint):
-    """Written beside, flushed to the disk, moved into place: a killed save leaves the last checkpoint as it was."""
+def save(path, content):
+    """A checkpoint or a text, written beside, flushed to the disk, moved into place: a killed save leaves the last as it was."""
     temporary = path.with_name(path.name + ".part")
     try:
         with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
+            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer says a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
-        raise OSError(f"checkpoint {path}: could not be written ({error}); the one before it stands; make room and "
-                      "--resume") from None
+        kept = "the one before it stands" if path.is_file() else "there was none before it"
+        raise OSError(f"{path}: could not be written ({error}); {kept}; make room and --resume") from None
 
 
 def random_states(device):
@@ -340,6 +344,8 @@ def set_random_states(states, device):
 def load_run(path, o, classes):
     """The checkpoint --resume goes on from, after checking that it is this run's."""
     checkpoint = ivpt.read_checkpoint(path)
+    if lack := {"optimizer", "scheduler", "epoch", "step", "sums", "random"} - checkpoint.keys():
+        raise ValueError(f"--resume: {path} holds no {' and no '.join(sorted(lack))}; take a last.pt as train.py wrote it")
     free = {"resume", "overwrite", "device", "workers", "data_root", "out", "weights", "amp", "compile", "bench", "epochs"}
     for name, value in asdict(o).items():
         found = checkpoint["options"].get(name)
@@ -437,10 +443,11 @@ def train(o):
         print("  ".join(f"{k}={v}" for k, v in asdict(o).items() if v not in (None, False)))
         print(f"{len(dataset)} training images, {len(dataset.classes)} classes; {trained:,} trained parameters of "
               f"{sum(p.numel() for p in model.parameters()):,}; {device}, {world} process{'es' * (world > 1)}")
-        last.with_name("config.json").write_text(json.dumps(asdict(o), indent=1) + "\n")
+        save(last.with_name("config.json"), json.dumps(asdict(o), indent=1) + "\n")
         log = last.with_name("log.jsonl")
         lines = log.read_text().splitlines(keepends=True) if o.resume and log.is_file() else []
-        log.write_text("".join(lines[:start]))  # what a killed run wrote beyond its checkpoint is written again
+        del lines[start:]  # what a killed run wrote beyond its checkpoint is written again
+        save(log, "".join(lines))
         for name in () if o.resume else ("last.pt", "metrics.json"):  # --overwrite
             last.with_name(name).unlink(missing_ok=True)
 
@@ -465,10 +472,10 @@ def train(o):
             dataset.epoch, began = epoch, time.time()
             batches = epoch_batches(dataset, o, epoch, rank, world)[done:]  # (steps to do, accumulate, images)
             loader = iter(DataLoader(dataset, batches.shape[2], sampler=batches.flatten().tolist(), num_workers=o.workers,
-                                     pin_memory=device.type == "cuda",
+                                     pin_memory=device.type == "cuda", worker_init_fn=heed_parent_alone,
                                      generator=torch.Generator()))  # its own, or a resumed epoch would draw other noise
             for step in range(done, steps):
-                values = {}
+                measured = []
                 optimizer.zero_grad(set_to_none=True)
                 for part in range(o.accumulate):
                     images, labels, _, index = next(loader)
@@ -479,15 +486,17 @@ def train(o):
                         with torch.autocast(device.type, torch.bfloat16, enabled=o.amp):
                             losses, correct = step_module(images, labels, theta)
                         (losses["loss"] / o.accumulate).backward()
-                    for name, value in dict(losses, train_accuracy=100 * correct / len(labels)).items():
-                        values[name] = values.get(name, 0) + value.item() / o.accumulate
+                    measured += [*losses.values(), 100 * correct / len(labels)]
                 norm = nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), 2.0)
-                bad = not (norm.isfinite() and math.isfinite(values["loss"]))
-                if any_rank(bad, device, world):
+                *measured, norm = torch.stack([*measured, norm]).tolist()  # the only wait for the device in a step
+                names = [*losses, "train_accuracy"]
+                values = {name: sum(v / o.accumulate for v in measured[i::len(names)]) for i, name in enumerate(names)}
+                bad, stopped = any_rank((not math.isfinite(norm + values["loss"]), stop), device, world)
+                if bad:
                     bad_in_a_row += 1
-                    names = " ".join(dataset.files[i].name for i in batches[step - done].flatten())
-                    tqdm.write(f"epoch {epoch} step {step}: loss {values['loss']}, gradient norm {norm.item()}: no step taken; "
-                               f"images {names}", file=sys.stderr)
+                    images = " ".join(dataset.files[i].name for i in batches[step - done].flatten())
+                    tqdm.write(f"epoch {epoch} step {step}: loss {values['loss']}, gradient norm {norm}: no step taken; "
+                               f"images {images}", file=sys.stderr)
                 else:
                     bad_in_a_row = 0
                     optimizer.step()
@@ -498,7 +507,7 @@ def train(o):
                     return 4
                 progress.set_postfix(epoch=epoch, loss=f"{values['loss']:.3f}", refresh=False)
                 progress.update()
-                if any_rank(stop, device, world):
+                if stopped:
                     save_run(epoch, step + 1, sums)
                     if chief:
                         tqdm.write(f"stopped by a signal; saved {last}; go on with --resume", file=sys.stderr)
@@ -506,30 +515,44 @@ def train(o):
             line = dict(epoch=epoch, **{k: round(v / sums["steps"], 6) for k, v in sums.items() if k != "steps"},
                         lr=optimizer.param_groups[0]["lr"], seconds=round(time.time() - began, 2))
             if chief:
-                with open(last.with_name("log.jsonl"), "a") as log:
-                    log.write(json.dumps(line) + "\n")
+                lines.append(json.dumps(line) + "\n")
+                save(log, "".join(lines))
             scheduler.step()
             done, sums = 0, {}
             save_run(epoch + 1, 0, sums)
     for number, handler in handlers.items():
-        signal.signal(number, handler)  # everything is saved: from here on a signal ends the program
+        signal.signal(number, handler)  # everything is saved: from here on a signal ends the program,
+    for number in stop:
+        signal.raise_signal(number)  # as does one that came with the last step
 
     recipe = {name: getattr(o, name) for name in ("recipe", "bias", "fusion", "tune")}
     metrics = evaluate.evaluate(model.eval(), folder, o.image_size, workers=o.workers, amp=o.amp, seed=o.seed, recipe=recipe)
     if chief:
         evaluate.print_table(metrics)
-        last.with_name("metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        save(last.with_name("metrics.json"), json.dumps(metrics, indent=1) + "\n")
         print(f"\npython evaluate.py --ckpt {last} --visualize {last.parent / 'pictures'}")
     return metrics
 
 
-def any_rank(flag, device, world):
-    """Whether it is so on any process: all must do the same, or they would wait for each other for ever."""
-    if world == 1:
-        return bool(flag)
-    flag = torch.tensor(int(bool(flag)), device=device)
-    dist.all_reduce(flag)
-    return bool(flag)
+def any_rank(flags, device, world):
+    """Which of the flags are set on any process: all must do the same, or they would wait for each other for ever."""
+    flags = torch.tensor([bool(flag) for flag in flags], dtype=torch.int32)
+    if world > 1:
+        flags = flags.to(device)
+        dist.all_reduce(flags)
+    return flags.bool().tolist()
+
+
+def heed_parent_alone(worker):
+    """In a loader process: torchrun and batch systems send SIGTERM to it too, but the step at hand needs its images."""
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=wait, daemon=True).start()
 
 
 # ---------------------------------------------------------------- the benchmark
@@ -615,9 +638,14 @@ def main():
     try:
         o = parse()
         result = bench(o) if o.bench else train(o)
-    except torch.OutOfMemoryError as error:
-        result = fail(f"out of memory ({str(error).splitlines()[0][:90]}); lower --batch-size, raise --accumulate, or lower "
-                      "--image-size")
+    except (RuntimeError, MemoryError) as error:  # CUDA says no memory by a class of its own, a CPU in words
+        reason = (str(error).strip() or repr(error)).splitlines()
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
+            result = fail(f"out of memory ({reason[0][:90]}); lower --batch-size, raise --accumulate, or lower --image-size")
+        elif "DataLoader worker" in str(error):
+            result = fail(f"{reason[-1]}; if memory ran out, lower --workers")
+        else:
+            raise
     except (ValueError, OSError) as error:  # a user's mistake; a loader process hands it on with its traceback before it
         result = fail(re.sub(r"^\w+Error: ", "", (str(error).strip() or repr(error)).splitlines()[-1]))
     except KeyboardInterrupt:
