@@ -11,12 +11,14 @@ puts a concept layer before each of the last four blocks and one at the output. 
     G coarse concepts = prototypes of the last layer without its background   C classes
 """
 import hashlib
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 
 from kernels import prototype_attention
 
@@ -416,6 +418,70 @@ class IVPT(nn.Module):
         features = self.norm(pooled)  # (B, G + 1, D), jointly over concepts and width
         concept_logits = self.classifier(features[:, :-1]).float()  # (B, G, C)
         return Output(concept_logits.mean(1), concept_logits, attention, groups, fused, features)
+
+
+# ---------------------------------------------------------------- where the prototypes start
+
+@torch.no_grad()
+def start_prototypes(model, dataset, seed, images=512, patches=100):
+    """Prototypes as centres of the frozen patches that they will meet: k-means in every concept layer (train.py --start kmeans).
+
+    The first principal component of the patches tells birds from backgrounds; foreground is the end of it that keeps to
+    the middle of the images, as in the paper's background loss. It is cut into K - 1 clusters; the mean of the rest is the
+    background prototype. dataset: training images in the test view; no label, box or key point is read.
+    """
+    backbone, device = model.backbone, model.classifier.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(dataset), generator=generator)[:images].tolist()
+    samples, radii = [[] for _ in model.concepts], []
+    y, x = (torch.linspace(-1, 1, side) for side in model.grid)
+    radius = (y[:, None] ** 2 + x ** 2).flatten()  # (N), as in background_presence
+    for batch, *_ in DataLoader(dataset, 16, sampler=chosen):
+        tokens = backbone.embed(batch.to(device))
+        kept = torch.randperm(len(radius), generator=generator)[:patches]
+        radii.append(radius[kept].repeat(len(batch)))
+        for depth in range(len(backbone.blocks) + 1):
+            layer = depth - len(backbone.blocks) + len(model.concepts) - 1
+            if layer >= 0:
+                e = backbone.norm(tokens[:, backbone.prefix:])[:, kept]
+                samples[layer].append(unit_patches(e) if model.concepts[layer].cosine else e.float())
+            if depth < len(backbone.blocks):
+                tokens = backbone.blocks[depth](tokens)
+    radii = torch.cat(radii).to(device)
+    for concept, sample in zip(model.concepts, samples):
+        e = torch.cat(sample).flatten(0, 1)  # (n, D)
+        foreground = split(e, radii, generator)
+        centres = kmeans(e[foreground], len(concept.prototypes) - 1, generator)
+        concept.prototypes.copy_(torch.cat([centres, e[~foreground].mean(0, keepdim=True)]))
+
+
+def split(e, radii, generator):
+    """Patches e (n, D), their squared distance from the middle (n) -> bool (n): the uppermost third, by 3-means, along
+    the first component. Of two parts the upper one would hold what lies between bird and background, too."""
+    centred = e - e.mean(0)
+    component = centred @ torch.linalg.eigh(centred.T @ centred)[1][:, -1:]  # (n, 1); eigenvalues ascend
+    component = component * -torch.sign((component[:, 0] * (radii - radii.mean())).sum())
+    low, middle, high = kmeans(component, 3, generator).flatten().sort().values
+    return component[:, 0] > (middle + high) / 2
+
+
+def kmeans(e, K, generator, restarts=5, iterations=30):
+    """Patches e (n, D) -> the best centres (K, D) of some restarts, each begun by k-means++ (Arthur, Vassilvitskii 2007)."""
+    best, found = math.inf, None
+    for _ in range(restarts):
+        centres, nearest = e[:0], e.new_full((len(e),), 1.0)
+        for _ in range(K):
+            pick = torch.multinomial(nearest.cpu(), 1, generator=generator).to(e.device)
+            centres = torch.cat([centres, e[pick]])
+            nearest = torch.cdist(e, centres).amin(1).square()
+        for _ in range(iterations):
+            owner = torch.cdist(e, centres).argmin(1)
+            sums = torch.zeros_like(centres).index_add_(0, owner, e)
+            sizes = torch.bincount(owner, minlength=K)[:, None]
+            centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
+        if (spread := torch.cdist(e, centres).amin(1).square().sum().item()) < best:
+            best, found = spread, centres
+    return found
 
 
 # ---------------------------------------------------------------- from options or a checkpoint to a model

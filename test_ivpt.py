@@ -1863,7 +1863,7 @@ def test_kmeans_finds_planted_clusters():
     generator = torch.Generator().manual_seed(0)
     planted = 10 * torch.eye(6)[:5]
     e = planted.repeat(40, 1) + 0.1 * torch.randn(200, 6, generator=generator)
-    centres = train.kmeans(e, 5, generator)
+    centres = ivpt.kmeans(e, 5, generator)
     assert torch.cdist(planted, centres).amin(1).max() < 0.1  # each found, to the mean of 40 deviations of 0.1
 
 
@@ -1873,7 +1873,7 @@ def test_split_calls_the_middle_of_the_images_foreground(sign):
     radii = torch.rand(400, generator=generator) * 2
     bird = radii < 0.6
     e = torch.randn(400, 8, generator=generator) + sign * 8 * bird[:, None] * torch.eye(8)[2]
-    assert torch.equal(train.split(e, radii, generator), bird)
+    assert torch.equal(ivpt.split(e, radii, generator), bird)
 
 
 def test_prototypes_start_in_the_patches_they_will_meet(bird_root, tmp_path):
@@ -1884,7 +1884,7 @@ def test_prototypes_start_in_the_patches_they_will_meet(bird_root, tmp_path):
         dataset.labels, dataset.boxes, dataset.keypoints = dataset.labels * 0, dataset.boxes * 0, dataset.keypoints * 0
         torch.manual_seed(0)
         model = ivpt.build(asdict(o), 10)
-        train.start_prototypes(model, dataset, seed=1)
+        ivpt.start_prototypes(model, dataset, seed=1)
         starts.append([concept.prototypes.detach().clone() for concept in model.concepts])
     assert all(torch.equal(a, b) for a, b in zip(*starts))
     assert all((q.norm(dim=1) <= 128 ** 0.5 + 1e-3).all() for q in starts[0])  # means of vectors of that length

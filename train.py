@@ -229,70 +229,6 @@ class Objective(nn.Module):
         return losses, (out.logits.argmax(1) == labels).sum()
 
 
-# ---------------------------------------------------------------- where the prototypes start
-
-@torch.no_grad()
-def start_prototypes(model, dataset, seed, images=512, patches=100):
-    """Prototypes as centres of the frozen patches that they will meet: k-means in every concept layer (`--start kmeans`).
-
-    The first principal component of the patches tells birds from backgrounds; foreground is the end of it that keeps to
-    the middle of the images, as in the paper's background loss. It is cut into K - 1 clusters; the mean of the rest is the
-    background prototype. dataset: training images in the test view; no label, box or key point is read.
-    """
-    backbone, device = model.backbone, model.classifier.weight.device
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(dataset), generator=generator)[:images].tolist()
-    samples, radii = [[] for _ in model.concepts], []
-    y, x = (torch.linspace(-1, 1, side) for side in model.grid)
-    radius = (y[:, None] ** 2 + x ** 2).flatten()  # (N), as in background_presence
-    for batch, *_ in DataLoader(dataset, 16, sampler=chosen):
-        tokens = backbone.embed(batch.to(device))
-        kept = torch.randperm(len(radius), generator=generator)[:patches]
-        radii.append(radius[kept].repeat(len(batch)))
-        for depth in range(len(backbone.blocks) + 1):
-            layer = depth - len(backbone.blocks) + len(model.concepts) - 1
-            if layer >= 0:
-                e = backbone.norm(tokens[:, backbone.prefix:])[:, kept]
-                samples[layer].append(ivpt.unit_patches(e) if model.concepts[layer].cosine else e.float())
-            if depth < len(backbone.blocks):
-                tokens = backbone.blocks[depth](tokens)
-    radii = torch.cat(radii).to(device)
-    for concept, sample in zip(model.concepts, samples):
-        e = torch.cat(sample).flatten(0, 1)  # (n, D)
-        foreground = split(e, radii, generator)
-        centres = kmeans(e[foreground], len(concept.prototypes) - 1, generator)
-        concept.prototypes.copy_(torch.cat([centres, e[~foreground].mean(0, keepdim=True)]))
-
-
-def split(e, radii, generator):
-    """Patches e (n, D), their squared distance from the middle (n) -> bool (n): the uppermost third, by 3-means, along
-    the first component. Of two parts the upper one would hold what lies between bird and background, too."""
-    centred = e - e.mean(0)
-    component = centred @ torch.linalg.eigh(centred.T @ centred)[1][:, -1:]  # (n, 1); eigenvalues ascend
-    component = component * -torch.sign((component[:, 0] * (radii - radii.mean())).sum())
-    low, middle, high = kmeans(component, 3, generator).flatten().sort().values
-    return component[:, 0] > (middle + high) / 2
-
-
-def kmeans(e, K, generator, restarts=5, iterations=30):
-    """Patches e (n, D) -> the best centres (K, D) of some restarts, each begun by k-means++ (Arthur, Vassilvitskii 2007)."""
-    best, found = math.inf, None
-    for _ in range(restarts):
-        centres, nearest = e[:0], e.new_full((len(e),), 1.0)
-        for _ in range(K):
-            pick = torch.multinomial(nearest.cpu(), 1, generator=generator).to(e.device)
-            centres = torch.cat([centres, e[pick]])
-            nearest = torch.cdist(e, centres).amin(1).square()
-        for _ in range(iterations):
-            owner = torch.cdist(e, centres).argmin(1)
-            sums = torch.zeros_like(centres).index_add_(0, owner, e)
-            sizes = torch.bincount(owner, minlength=K)[:, None]
-            centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
-        if (spread := torch.cdist(e, centres).amin(1).square().sum().item()) < best:
-            best, found = spread, centres
-    return found
-
-
 # ---------------------------------------------------------------- the optimiser
 
 def make_optimizer(model, o):
@@ -419,7 +355,7 @@ def train(o):
     torch.manual_seed(o.seed)
     model = ivpt.build(asdict(o), len(dataset.classes)).to(device)
     if o.start == "kmeans" and not o.resume:
-        start_prototypes(model, data.CUB(folder, "train", "test", o.image_size), o.seed)
+        ivpt.start_prototypes(model, data.CUB(folder, "train", "test", o.image_size), o.seed)
     optimizer, scheduler = make_optimizer(model, o)
     start, done, sums = 0, 0, {}  # epoch, steps done in it, and what they summed up to
     if o.resume:
