@@ -411,8 +411,8 @@ class Gallery:
 
     def hierarchy(self):
         trees = "".join(f"<div><h3>Layer {l + 1}</h3>{self.tree(l)}</div>" for l in range(len(self.groups)))
-        return ("<p>How a layer's fine concepts (left) flow into the last layer's coarse ones (right): mean grouping over "
-                "the images in which a concept wins a patch, its largest in percent; flows of 5 % or less are not drawn."
+        return ("<p>How a layer's fine concepts (left) flow into the last layer's coarse ones (right): mean grouping"
+                " over images where a concept wins a patch, its largest in percent; flows of 5 % or less are not drawn."
                 f"</p><div class='cards trees'>{trees}</div>")
 
     def tree(self, l):
@@ -456,7 +456,7 @@ def curves(log):
     return f"<p>{note}</p><div class=cards>{text}</div>"
 
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fafafa;max-width:1180px;margin:auto;padding:9px}
+STYLE = """body{font:15px/1.5 sans-serif;color:#222;background:#fafafa;max-width:1180px;margin:auto;padding:9px}
 h2{border-top:1px solid #ddd;padding-top:20px;margin-top:36px}h3{margin:22px 0 6px}nav a{margin-right:16px}
 small,text{color:#555;fill:#555;font-size:12px}figure{margin:0 0 14px}img{display:block;width:100%}
 i{display:inline-block;width:12px;height:12px;border-radius:3px;margin:0 4px 0 8px}pre{font-size:12px;overflow-x:auto}
@@ -518,8 +518,8 @@ def explain_files(model, files, classes, image_size, folder):
     """Explain every file; the pictures go into `folder`, or beside the images where it is None."""
     files, targets = [Path(file) for file in files], []
     images = [data.resize_short(data.read_image(file, upright=True), image_size) for file in files]
-    for file, image in zip(files, images):
-        crop, target = data.centre_crop(image, image_size), (folder or file.parent) / f"{file.stem}_explained.png"
+    for file, crop in zip(files, (data.centre_crop(image, image_size) for image in images)):
+        target = writable(folder or file.parent, "--visualize") / f"{file.stem}_explained.png"
         while target in targets:                                            # a.jpg and a.png, or a.jpg of two folders
             target = target.with_stem(f"{target.stem}_{len(targets) + 1}")
         targets.append(target)
