@@ -272,13 +272,14 @@ that win any patch, the background not among them. fg, fg in, fg out: patches wo
 outside the box. NMI, ARI: regions against parts at the visible key points. All in percent, but K and spread."""
 
 
-def print_table(metrics):
-    print(f"\naccuracy {metrics['accuracy']:.1f} % on {metrics['protocol']['images']} images")
-    print(" layer" + "".join(f"{title:>10}" for title, *_ in COLUMNS))
+def table(metrics):
+    """For the terminal and for the gallery."""
+    text = f"accuracy {metrics['accuracy']:.1f} % on {metrics['protocol']['images']} images\n layer"
+    text += "".join(f"{title:>10}" for title, *_ in COLUMNS)
     for i, layer in enumerate(metrics["layers"]):
         cells = ("-" if layer[key] is None else format(layer[key], form) for _, key, form in COLUMNS)
-        print(f"{i + 1:>5}{' *'[i == metrics['headline']['layer']]}" + "".join(f"{cell:>10}" for cell in cells))
-    print(f"not available: {metrics['unavailable']}" if metrics["unavailable"] else LEGEND)
+        text += f"\n{i + 1:>5}{' *'[i == metrics['headline']['layer']]}" + "".join(f"{cell:>10}" for cell in cells)
+    return text + "\n" + (f"not available: {metrics['unavailable']}" if metrics["unavailable"] else LEGEND)
 
 
 # ---- 5. Pictures: regions in colour, concepts in the spotlight -------------------------------------------------------
@@ -295,8 +296,8 @@ def enlarge(region, S):
 
 def paint(picture, region, K):
     """picture (S, S, 3), region (h, w) of winners -> image: every concept in its colour, the background pale."""
-    region, pale = enlarge(region, len(picture)), 0.3 * picture.mean(2, keepdims=True) + 178
-    result = np.where((region < K - 1)[..., None], 0.45 * picture + 0.55 * COLOURS[region % 64], pale)
+    region, grey = enlarge(region, len(picture)), picture.mean(2, keepdims=True)  # or its hues mix in
+    result = np.where((region < K - 1)[..., None], 0.45 * grey + 0.55 * COLOURS[region % 64], 0.3 * grey + 178)
     return Image.fromarray(result.astype(np.uint8))
 
 
@@ -368,10 +369,10 @@ class Gallery:
         """folder/index.html and its pictures. dataset: the test view; log: the run's log.jsonl."""
         (folder / "pictures").mkdir(parents=True, exist_ok=True)
         self.draw(folder / "pictures", dataset)
-        sections = dict(Regions=self.regions(dataset), Concepts=self.concepts(metrics["layers"]),
-                        Hierarchy=self.hierarchy(), Training=curves(log))
+        sections = dict(Numbers=f"<pre>{html.escape(table(metrics))}</pre>", Regions=self.regions(dataset),
+                        Concepts=self.concepts(metrics["layers"]), Hierarchy=self.hierarchy(), Training=curves(log))
         links = "".join(f"<a href='#{title}'>{title}</a>" for title in sections)
-        body = "".join(f"<h2 id={title}>{title}</h2>{text}" for title, text in sections.items())
+        body = "".join(f"<section id={title}><h2>{title}</h2>{text}</section>" for title, text in sections.items())
         (folder / "index.html").write_text(
             f"<!doctype html><meta charset=utf-8><title>IVPT</title><style>{STYLE}</style>"
             f"<h1>What each concept sees</h1><nav>{links}</nav>{body}\n", encoding="utf-8")
@@ -379,10 +380,11 @@ class Gallery:
     def regions(self, dataset):
         names = [html.escape(name.split(".", 1)[-1].replace("_", " ")) for name in dataset.classes]
         chips = "".join(f"{CHIP(CSS[k % 64])}{k + 1} " for k in range(max(self.prototypes) - 1))
-        text = (f"<p>From left: the image with its key points, layers 1 to {len(self.best)}. Every patch goes to the "
-                f"concept that claims it most; pale is background.</p><p>Concepts: {chips}<br>Numbers and colours "
-                "start afresh in every layer.</p>"
-                + "<p>The data has no key points: no dots, and no part names below.</p>" * (not dataset.parts))
+        heads = "".join(f"<b>layer {l + 1}</b>" for l in range(len(self.best)))
+        text = ("<p>The image with its key points, then the regions of every layer. Every patch goes to the concept "
+                "that claims it most; pale is background. Numbers and colours start afresh in every layer.</p>"
+                + "<p>The data has no key points: no dots, and no part names below.</p>" * (not dataset.parts)
+                + f"<div class=legend>Concepts: {chips}<div><b>image</b>{heads}</div></div>")
         for index, (_, guess, chance) in sorted(self.examples.items()):
             truth = int(dataset.labels[index])
             look, mark = ("right", "✓") if guess == truth else ("wrong", "✗")
@@ -393,25 +395,25 @@ class Gallery:
     def concepts(self, layers):
         text = ("<p>The nine test images in which each prototype claims most: its patches in colour. Behind a part: in "
                 "how many of the images that show it the metrics' window covers it, the 73 x 73 of the box's 224 x 224 "
-                "pixels around the peak of the concept's map, whatever its region.</p>")
+                "pixels around the peak of the concept's map, whatever its region. A small spread: one fixed spot.</p>")
         for l, layer in enumerate(layers, 1):
             silent = ", ".join(str(k + 1) for k, won in enumerate(layer["wins"][:-1]) if not won)
             text += f"<h3>Layer {l}</h3>" + f"<p>Never win a patch: {silent}.</p>" * bool(silent) + "<div class=cards>"
             for k in np.flatnonzero(layer["wins"][:-1]):
-                parts = ", ".join(f"{part} {share:.0f} %" for part, share in (layer["parts_hit"] or {k: ()})[k])
+                parts = ", ".join(f"{part} {share:.0f}\u00a0%" for part, share in (layer["parts_hit"] or {k: ()})[k])
                 tiles = "".join(f"<img src='pictures/concept_{l}_{k + 1}_{rank}.jpg' alt=''>"
                                 for rank in range((self.best[l - 1][0][k] > 0).sum()))
-                wins = 100 * layer["wins"][k] / sum(layer["wins"])
+                wins, spread = 100 * layer["wins"][k] / sum(layer["wins"]), layer["peak_spreads"][k]
                 text += (f"<figure><div class=tiles>{tiles}</div>{CHIP(CSS[k % 64])}<b>{k + 1}</b> {html.escape(parts)}"
-                         f" <small>wins {wins:.3g} % of all patches</small></figure>")
+                         f"<br><small>{wins:.3g} % of patches, peak spread {spread:.0f} px</small></figure>")
             text += "</div>"
         return text
 
     def hierarchy(self):
         trees = "".join(f"<div><h3>Layer {l + 1}</h3>{self.tree(l)}</div>" for l in range(len(self.groups)))
-        return ("<p>How a layer's fine concepts (left) flow into the coarse ones (right): mean grouping over the images"
-                " in which a concept wins a patch, its largest in percent; flows of 5 % or less are not drawn.</p>"
-                f"<div class=cards>{trees}</div>")
+        return ("<p>How a layer's fine concepts (left) flow into the last layer's coarse ones (right): mean grouping"
+                " over images where a concept wins a patch, its largest in percent; flows of 5 % or less are not drawn."
+                f"</p><div class='cards trees'>{trees}</div>")
 
     def tree(self, l):
         """SVG: the fine concepts that ever win, by the coarse one they join most; curves as wide as their weights."""
@@ -437,31 +439,33 @@ class Gallery:
 
 def curves(log):
     """Small multiples of every finite number in log.jsonl, as SVG, one step a row; torn lines are left out."""
-    rows = []
+    rows, text = [], ""
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else ():
         with contextlib.suppress(ValueError, AttributeError, OverflowError):
             rows.append({key: value for key, value in json.loads(line).items()
                          if isinstance(value, (int, float)) and math.isfinite(value)})
-    text = "<div class=cards>" if rows else "<p>No numbers in a log.jsonl beside the checkpoint: no curves.</p>"
     for key in dict.fromkeys(key for row in rows for key in row if key != "epoch"):
         points = [(5 + 190 * i / max(1, len(rows) - 1), row[key]) for i, row in enumerate(rows) if key in row]
         values = [value for _, value in points]
         low, span = min(values), max(values) - min(values) or 1
         path = " ".join(f"{x:.1f},{75 - 65 * (value - low) / span:.1f}" for x, value in points)
-        text += (f"<figure>{html.escape(key.replace('_', ' '))} <b>{values[-1]:.4g}</b><svg viewBox='0 0 200 90'>"
-                 f"<path d='M{path}h0' style='stroke:#2563a8'/><text x='5' y='88'>{low:.3g} to {max(values):.3g}</text>"
+        text += (f"<figure>{html.escape(key.replace('_', ' '))} <b>{values[-1]:.4g}</b><svg viewBox='0 0 200 96'>"
+                 f"<path d='M{path}h0' style='stroke:#2563a8'/><text x='5' y='92'>{low:.3g} to {max(values):.3g}</text>"
                  "</svg></figure>")
-    return text
+    note = "Bold: the last value; below: the range." if rows else "No numbers in the run's log.jsonl: no curves."
+    return f"<p>{note}</p><div class=cards>{text}</div>"
 
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fafafa;max-width:1180px;margin:auto}
+STYLE = """body{font:15px/1.5 sans-serif;color:#222;background:#fafafa;max-width:1180px;margin:auto;padding:9px}
 h2{border-top:1px solid #ddd;padding-top:20px;margin-top:36px}h3{margin:22px 0 6px}nav a{margin-right:16px}
 small,text{color:#555;fill:#555;font-size:12px}figure{margin:0 0 14px}img{display:block;width:100%}
-path{fill:none;stroke-width:2;stroke-linecap:round}
-i{display:inline-block;width:12px;height:12px;border-radius:3px;margin:0 4px 0 8px}
+i{display:inline-block;width:12px;height:12px;border-radius:3px;margin:0 4px 0 8px}pre{font-size:12px;overflow-x:auto}
 .right{color:#17663a}.wrong{color:#a32020}.tiles{display:grid;gap:4px;grid-template-columns:repeat(3,1fr)}
+.legend{position:sticky;top:0;background:#fafafa;padding:6px 0 2px}path{fill:none;stroke-width:2;stroke-linecap:round}
+.legend div{display:grid;gap:6px;grid-auto-flow:column;grid-auto-columns:1fr}.trees text{font-size:8px}
 .cards{display:grid;gap:16px;grid-template-columns:repeat(auto-fill,minmax(260px,1fr))}
-.cards figure{background:#fff;border:1px solid #ddd;border-radius:8px;padding:8px;margin:0}"""
+.cards figure{background:#fff;border:1px solid #ddd;border-radius:8px;padding:8px;margin:0}
+.trees{grid-template-columns:repeat(auto-fill,minmax(min(480px,100%),1fr))}"""
 
 
 # ---- 7. One image explained ------------------------------------------------------------------------------------------
@@ -490,12 +494,18 @@ def words(top, votes, regions, prototypes):
 
 
 def draw_explanation(picture, top, votes, regions, prototypes):
-    """The picture and the regions of every layer, the explanation below, bars beside the votes."""
+    """The picture, the regions of every layer, the explanation, bars beside the votes, the colours' numbers."""
     row, text = strip(picture, regions, prototypes, 224), words(top, votes, regions, prototypes)
     lines = text.count("\n") + 1
-    sheet = Image.new("RGB", (row.width + 40, 270 + 22 * lines), "white")
+    sheet = Image.new("RGB", (row.width + 40, 300 + 22 * lines), "white")
     sheet.paste(row, (20, 20))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for l in range(len(prototypes)):
+        draw.text((250 + 230 * l, 1), f"layer {l + 1}", "black", font)
+    for k in range(max(prototypes) - 1):
+        x, y = 20 + 45 * k, 270 + 22 * lines
+        draw.rectangle((x, y, x + 15, y + 15), tuple(COLOURS[k % 64].astype(int)))
+        draw.text((x + 20, y - 2), str(k + 1), "black", font)
     for i, line in enumerate(text.split("\n")):
         draw.text((20, 260 + 22 * i), line, "black", font)
     for g, vote in enumerate(votes):
@@ -508,8 +518,8 @@ def explain_files(model, files, classes, image_size, folder):
     """Explain every file; the pictures go into `folder`, or beside the images where it is None."""
     files, targets = [Path(file) for file in files], []
     images = [data.resize_short(data.read_image(file, upright=True), image_size) for file in files]
-    for file, image in zip(files, images):
-        crop, target = data.centre_crop(image, image_size), (folder or file.parent) / f"{file.stem}_explained.png"
+    for file, crop in zip(files, (data.centre_crop(image, image_size) for image in images)):
+        target = writable(folder or file.parent, "--visualize") / f"{file.stem}_explained.png"
         while target in targets:                                            # a.jpg and a.png, or a.jpg of two folders
             target = target.with_stem(f"{target.stem}_{len(targets) + 1}")
         targets.append(target)
@@ -550,7 +560,7 @@ def run(o):
     amp, seed = (trained[key] if vars(o)[key] is None else vars(o)[key] for key in ("amp", "seed"))
     recipe = {key: trained[key] for key in ("recipe", "bias", "fusion", "tune")}
     metrics = evaluate(model, folder, size, o.batch_size, o.workers, amp, seed, recipe=recipe, gallery=gallery)
-    print_table(metrics)
+    print(f"\n{table(metrics)}")
     (home / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     if gallery:
         began = time.perf_counter()

@@ -2403,8 +2403,7 @@ def test_evaluate_without_key_points(tmp_path, capsys):
     assert metrics["headline"]["consistency"] is None and "key points" in metrics["unavailable"]
     assert all(layer[key] is None for layer in metrics["layers"] for key in evaluate.PART_METRICS)
     assert metrics["layers"][0]["peak_spreads"][0] > 40 and metrics["accuracy"] == 50
-    evaluate.print_table(metrics)
-    assert "not available: the data has no key points" in capsys.readouterr().out
+    assert "not available: the data has no key points" in evaluate.table(metrics)
 
 
 def test_evaluate_odd_annotations(tmp_path):
@@ -2462,6 +2461,8 @@ def test_evaluate_pictures_show_what_they_say():
     for (y, x), k in (((28, 28), 0), ((28, 84), 1)):
         assert np.abs(picture[y, x] - (0.45 * 200 + 0.55 * evaluate.COLOURS[k])).max() <= 1              # cut to bytes
     assert picture[84, 28].tolist() == picture[84, 84].tolist() == [238] * 3            # pale: the background
+    red = evaluate.paint(np.full((112, 112, 3), (210, 0, 0), np.uint8), region, 3)      # its hue is left out: 70 is grey
+    assert np.abs(np.asarray(red)[28, 28] - (0.45 * 70 + 0.55 * evaluate.COLOURS[0])).max() <= 1
     row = evaluate.strip(grey, [region, 2 - region], (3, 3), 112, [(30, 60, 1), (90, 60, 0)])
     assert row.size == (3 * 112 + 2 * 6, 112) and row.getpixel((115, 50)) == (255, 255, 255)
     assert row.getpixel((30, 60)) == (255, 212, 0) and row.getpixel((90, 60)) == (200, 200, 200)        # hidden: no dot
@@ -2489,6 +2490,8 @@ def test_evaluate_bars_point_to_the_side_of_their_sign():
         colour = tuple(evaluate.COLOURS[g].astype(int))
         assert sheet.getpixel((near, y)) == sheet.getpixel((far, y)) == colour != sheet.getpixel((other, y))
     assert sheet.getpixel((580, 262 + 22 * (lines - 2) + 7)) == (255, 255, 255)
+    legend = [sheet.getpixel((27 + 45 * k, 277 + 22 * lines)) for k in range(2)]        # the numbers' colours
+    assert legend == [tuple(evaluate.COLOURS[k].astype(int)) for k in range(2)]
 
 
 @pytest.mark.parametrize("text, shown, hidden", [
@@ -2528,9 +2531,11 @@ def test_evaluate_command_line_writes_metrics_and_gallery(tmp_path, monkeypatch,
     links = re.findall(r"(?:src|href)='([^'#]+)'", page)
     assert len(set(links)) > 20 and all((pictures / link).is_file() for link in links)          # relative, and there
     assert "http" not in page and "<script" not in page and "Never win a patch: 3." in page
-    assert ("mark 100 %" in page) == bool(parts) and ("no key points" in page) == (not parts) and "2.5 to 3.5" in page
-    for words in ("✓ truly Bird 0", "✗ truly Bird 2", "73 x 73", "start afresh", "5 % or less"):
+    assert ("mark 100\u00a0%" in page) == bool(parts) and ("no key points" in page) == (not parts) and "2.5 to 3.5" in page
+    for words in ("✓ truly Bird 0", "✗ truly Bird 2", "73 x 73", "start afresh", "5 % or less", "<b>layer 3</b>",
+                  "accuracy 50.0 % on 8 images", "not available" if not parts else "beats c."):
         assert words in page
+    assert all(f"peak spread {layer['peak_spreads'][0]:.0f} px" in page for layer in json.loads(first)["layers"])
     evaluate.main(["--ckpt", str(run / "last.pt"), "--visualize", str(pictures), "--image", str(bird_image(bird))])
     assert Image.open(pictures / "bird_explained.png").size[0] > 800
     assert "1. 001.Bird_0" in capsys.readouterr().out
@@ -2602,6 +2607,10 @@ def test_evaluate_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
     for name in ("file", "none.jpg"):
         error = fails("--ckpt", tmp_path / "last.pt", "--image", tmp_path / name)
         assert f"{tmp_path}/{name}: not a readable image" in error
+    with monkeypatch.context() as patch:                                    # beside the image nothing can be written
+        patch.setattr(evaluate.tempfile, "TemporaryFile", lambda dir: open("/proc/none", "w"))
+        error = fails("--ckpt", tmp_path / "last.pt", "--image", bird_image(tmp_path / "bird.png"))
+        assert f"--visualize {tmp_path}: cannot be written" in error and "a folder of yours" in error
     evaluate_checkpoint(monkeypatch, tmp_path / "data", data.CUB(folder, "test", "test", 56).classes)
     for option, value, least in (("--batch-size", 0, 1), ("--workers", -1, 0), ("--seed", -1, 0)):
         assert f"{option} {value}: expected {least} or more" in fails("--ckpt", tmp_path / "last.pt", option, value)

@@ -464,7 +464,7 @@ def train(o):
     recipe = {name: getattr(o, name) for name in ("recipe", "bias", "fusion", "tune")}
     metrics = evaluate.evaluate(model.eval(), folder, o.image_size, workers=o.workers, amp=o.amp, seed=o.seed, recipe=recipe)
     if chief:
-        evaluate.print_table(metrics)
+        print(f"\n{evaluate.table(metrics)}")
         save(last.with_name("metrics.json"), json.dumps(metrics, indent=1) + "\n")
         print(f"\npython evaluate.py --ckpt {last} --visualize {last.parent / 'pictures'}")
     return metrics
