@@ -28,6 +28,7 @@ import data
 import model as ivpt
 
 FRAME, HALF_SIZE, THRESHOLD = 224, 36, 0.8  # side of the metrics' frame, half a region, consistent from here on
+METHOD = "recipe bias fusion tune start distance rotation no_bias no_regions no_cross_layer no_fusion".split()
 NOISE_STD, NOISE_CLIP, RANDOM_DRAWS = 0.2, 0.25, 10  # of the noise on the normalised image; of the random control
 
 
@@ -332,11 +333,12 @@ class Gallery:
         self.chosen = set(np.linspace(0, images - 1, min(examples, images)).astype(int).tolist())
         self.best = [(torch.zeros(K - 1, 0), torch.zeros(K - 1, 0).long(), torch.zeros(K - 1, 0, *model.grid).bool())
                      for K in model.prototypes]                             # strength, index, patches of each claim
-        self.groups = [torch.zeros(K - 1, model.prototypes[-1] - 1, dtype=torch.float64) for K in model.prototypes[:-1]]
+        self.groups = []                                                    # (K-1, G) sums of each prompted layer
 
     def add(self, output, batch):
         """A claim is a prototype's attention, summed over the patches it wins. Groups of empty regions do not count."""
         regions = [a.argmax(1).cpu() for a in output.attention]                                             # (B, h, w)
+        self.groups = self.groups or [torch.zeros(S.shape[1:], dtype=torch.float64) for S in output.groups]
         for l, (a, region) in enumerate(zip(output.attention, regions)):
             K = a.shape[1] - 1
             won = region == torch.arange(K)[:, None, None, None]                                       # (K-1, B, h, w)
@@ -411,6 +413,8 @@ class Gallery:
 
     def hierarchy(self):
         trees = "".join(f"<div><h3>Layer {l + 1}</h3>{self.tree(l)}</div>" for l in range(len(self.groups)))
+        if not trees:
+            return "<p>This model groups nothing: no hierarchy.</p>"
         return ("<p>How a layer's fine concepts (left) flow into the last layer's coarse ones (right): mean grouping"
                 " over images where a concept wins a patch, its largest in percent; flows of 5 % or less are not drawn."
                 f"</p><div class='cards trees'>{trees}</div>")
@@ -558,7 +562,7 @@ def run(o):
                          "name its data by --data and --data-root")
     gallery = Gallery(model, len(dataset)) if out else None
     amp, seed = (trained[key] if vars(o)[key] is None else vars(o)[key] for key in ("amp", "seed"))
-    recipe = {key: trained[key] for key in ("recipe", "bias", "fusion", "tune")}
+    recipe = {key: trained[key] for key in METHOD}
     metrics = evaluate(model, folder, size, o.batch_size, o.workers, amp, seed, recipe=recipe, gallery=gallery)
     print(f"\n{table(metrics)}")
     (home / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")

@@ -2509,7 +2509,7 @@ def test_evaluate_curves_survive_any_log(tmp_path, text, shown, hidden):
 
 def evaluate_checkpoint(monkeypatch, root, classes):
     """Have the command line meet the fake model in place of a trained one."""
-    options = dict(data="cub", data_root=str(root), image_size=56, amp=False, seed=3, recipe="paper", bias="after",
+    options = dict.fromkeys(evaluate.METHOD) | dict(data="cub", data_root=str(root), image_size=56, amp=False, seed=3, recipe="paper", bias="after",
                    fusion="mlp", tune="none")
     checkpoint = dict(options=options, classes=classes)
     monkeypatch.setattr(evaluate.ivpt, "load_checkpoint", lambda *_: (EvaluateFake(), checkpoint))

@@ -461,7 +461,7 @@ def train(o):
     for number in stop:
         signal.raise_signal(number)  # as does one that came with the last step
 
-    recipe = {name: getattr(o, name) for name in ("recipe", "bias", "fusion", "tune")}
+    recipe = {name: getattr(o, name) for name in evaluate.METHOD}
     metrics = evaluate.evaluate(model.eval(), folder, o.image_size, workers=o.workers, amp=o.amp, seed=o.seed, recipe=recipe)
     if chief:
         print(f"\n{evaluate.table(metrics)}")
