@@ -407,11 +407,11 @@ def read_list(path, columns):
     return rows
 
 
-def augmentation(width, height, size, rng, rotation=90):
+def augmentation(width, height, size, rng):
     """A random 3x3 matrix from an image of width x height, its short side `size`, to its size x size training view.
-    Flip, rotation up to +-`rotation` degrees, shift up to 0.2 of the sides, scale 0.8 to 1.2 about the centre, random
-    crop: one matrix, so that pixels are interpolated once and key points go the same way."""
-    flip, angle, scale = rng.choice((-1, 1)), math.radians(rng.uniform(-rotation, rotation)), rng.uniform(0.8, 1.2)
+    Flip, rotation up to +-90 degrees, shift up to 0.2 of the sides and scale 0.8 to 1.2 about the centre, random crop:
+    one matrix, so that pixels are interpolated once and key points go the same way."""
+    flip, angle, scale = rng.choice((-1, 1)), rng.uniform(-math.pi / 2, math.pi / 2), rng.uniform(0.8, 1.2)
     shift = rng.uniform(-0.2, 0.2, 2) * (width, height)
     corner = rng.integers(0, (width - size + 1, height - size + 1))
     cos, sin, centre = scale * math.cos(angle), scale * math.sin(angle), np.array((width / 2, height / 2))
@@ -430,11 +430,10 @@ class CUB(torch.utils.data.Dataset):
     of the view, and of the metrics' 224 x 224 frame in "box". The augmentation is a function of (seed, epoch, index).
     """
 
-    def __init__(self, folder, split, view, image_size, seed=0, rotation=90):
+    def __init__(self, folder, split, view, image_size, seed=0):
         if split not in ("train", "test") or view not in ("train", "test", "box"):
             raise ValueError(f"CUB: split {split!r}, view {view!r}; expected train or test, and train, test or box")
         self.folder, self.view, self.image_size, self.seed = Path(folder), view, image_size, seed
-        self.rotation = rotation
         self.epoch = 0                                      # set it before the epoch's workers start
         if lack := missing(self.folder):
             raise FileNotFoundError(f"{folder}: {lack} is missing; unpack the data set again, or correct --data-root")
@@ -499,7 +498,7 @@ class CUB(torch.utils.data.Dataset):
     def _train_view(self, index, stored, points):
         S, (image, original) = self.image_size, stored
         size = np.array(short_side(*original, S))
-        matrix = augmentation(*size, S, np.random.default_rng((self.seed, self.epoch, index)), self.rotation)
+        matrix = augmentation(*size, S, np.random.default_rng((self.seed, self.epoch, index)))
         inverse = np.linalg.inv(matrix @ np.diag((*size / image.size, 1)))
         image = image.transform((S, S), Image.Transform.AFFINE, inverse[:2].ravel(), Image.Resampling.BILINEAR)
         return image, points * size / original @ matrix[:2, :2].T + matrix[:2, 2]

@@ -28,7 +28,7 @@ import data
 import model as ivpt
 
 FRAME, HALF_SIZE, THRESHOLD = 224, 36, 0.8  # side of the metrics' frame, half a region, consistent from here on
-METHOD = "recipe bias fusion tune start distance rotation no_bias no_regions no_cross_layer no_fusion".split()
+METHOD = "recipe bias fusion tune start distance no_bias no_regions no_cross_layer no_fusion".split()
 NOISE_STD, NOISE_CLIP, RANDOM_DRAWS = 0.2, 0.25, 10  # of the noise on the normalised image; of the random control
 
 

@@ -1813,6 +1813,16 @@ def test_one_step_of_each_recipe_trains_what_it_should(recipe, bird_root, tmp_pa
     assert rates["concepts.0.prototypes"] == 2e-4 and rates["concepts.0.bias"] == (2e-5 if recipe == "paper" else 2e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_of_backbones_trains_one_step(family):
+    model = tiny_ivpt(family=family).train()
+    losses, _ = train.Objective(model)(torch.randn(2, 3, 70, 70), torch.tensor([0, 1]), data.sample_affine())
+    losses["loss"].backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+    assert not any(p.requires_grad for p in model.backbone.parameters())
+
+
 ABLATION = {"no_bias": dict(spatial_bias=False), "no_regions": dict(regions=False), "no_cross_layer": dict(cross_layer=False),
             "no_fusion": dict(fusion=False)}
 

@@ -47,9 +47,9 @@ import model as ivpt
 RECIPES = {
     "paper": dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5),
     "released": dict(bias="inside", fusion="linear", tune="tokens", lr_bias=2e-4),
-    "tuned": dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5, start="kmeans", distance="cosine", rotation=30),
+    "tuned": dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5, start="kmeans", distance="cosine"),
 }
-COMMON = dict(start="noise", distance="euclidean", rotation=90)  # where a recipe is silent
+COMMON = dict(start="noise", distance="euclidean")  # where a recipe is silent
 # What a data set wants where the command line is silent.
 PRESETS = {
     "toy": dict(weights="toy", image_size=112, epochs=16),
@@ -75,7 +75,6 @@ class Options:
     start: str = option(None, "prototypes start as noise, or as k-means centres of frozen patches (by recipe)", choices=["noise", "kmeans"])
     distance: str = option(None, "between patch and prototype: as they come, or patches of one length (by recipe)",
                            choices=["euclidean", "cosine"])
-    rotation: float = option(None, "degrees by which training images turn, either way (by recipe)")
     no_bias: bool = option(False, "ablation: no spatial bias", action="store_true")
     no_regions: bool = option(False, "ablation: global attention pools, not the regions", action="store_true")
     no_cross_layer: bool = option(False, "ablation: concepts at the output alone, no prompts", action="store_true")
@@ -348,7 +347,7 @@ def train(o):
     device, rank, world = start_processes(o)
     chief = rank == 0
     folder = data.find(o.data, o.data_root)
-    dataset = data.CUB(folder, "train", "train", o.image_size, o.seed, o.rotation)
+    dataset = data.CUB(folder, "train", "train", o.image_size, o.seed)
     if len(dataset) < o.batch_size:
         raise ValueError(f"--batch-size {o.batch_size}: more than the {len(dataset)} training images of {folder}; take less")
 
