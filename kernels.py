@@ -25,6 +25,7 @@ import itertools
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 try:
@@ -78,8 +79,9 @@ def prototype_attention_reference(x, prototypes, bias, bias_after_softmax=True, 
 # once per product. The prototypes stay in shared memory, the (K, D) sums in registers until the span ends; then they
 # are written, and a second kernel adds the spans of an image in their order: no atomics, the same bits in every run.
 # K is padded to BK with -inf; D is walked in chunks, the last one masked. HOLD is the number of chunks kept on chip:
-# all, or none where K * D is too large. Then tiles are loaded again for the second product, from the L2 cache, and
-# program_id(1) says which POOL chunks are summed. A matrix below is (pointer, row stride, column stride).
+# all, or none where K * D is too large. Then tiles are loaded again for the second product, and several programs share
+# a span, each summing a slice of POOL chunks. They are neighbours: memory is read once, the rest comes from the L2
+# cache. A matrix below is (pointer, row stride, column stride).
 @jit
 def _tile(matrix, row, rows, chunk, D: tl.constexpr):
     """(8, R, 16): of the given rows, column c of warp w is column 128 chunk + 16 w + c. Zero outside."""
@@ -147,8 +149,8 @@ def _add_weighted(sums, weight, tiles, x, n, end, first, D: tl.constexpr, HOLD: 
 
 
 @jit
-def _store_sums(part_ptr, part_total_ptr, sums, total, k, K, first, D: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * K                                                     # (B * spans, K, D)
+def _store_sums(part_ptr, part_total_ptr, sums, total, part, k, K, first, D: tl.constexpr):
+    row = part.to(tl.int64) * K                                                                 # (B * spans, K, D)
     tl.store(part_total_ptr + row + k, tl.sum(total, 0), k < tl.where(first == 0, K, 0))
     k = k[None, :, None]
     for c in tl.static_range(len(sums)):
@@ -160,13 +162,14 @@ def _store_sums(part_ptr, part_total_ptr, sums, total, k, K, first, D: tl.conste
 def _forward_kernel(x_ptr, q_ptr, bias_ptr,                 # x (B, N, D), q (K, D) like x, bias (K, N): any strides
                     attention_ptr,                          # out (B, K, N) fp32
                     part_ptr, part_mass_ptr,                # out (B * spans, K, D) and (B * spans, K) fp32
-                    N, K, spans, span, sxb, sxn, sxd, sqk, sqd, sbk, sbn, smoothing, AFTER: tl.constexpr,
+                    N, K, spans, span, slices, sxb, sxn, sxd, sqk, sqd, sbk, sbn, smoothing, AFTER: tl.constexpr,
                     SMOOTH: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HOLD: tl.constexpr,
                     POOL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
-    image = (tl.program_id(0) // spans).to(tl.int64)
-    begin = (tl.program_id(0) % spans) * span
+    part = tl.program_id(0) // slices                       # this program's span, counted over all images
+    first = tl.program_id(0) % slices * POOL                # the first chunk whose columns this program sums
+    image = (part // spans).to(tl.int64)
+    begin = (part % spans) * span
     end = tl.minimum(begin + span, N)
-    first = tl.program_id(1) * POOL                         # the first chunk whose columns this program sums
     k = tl.arange(0, BK)
     writes = k < tl.where(first == 0, K, 0)                 # the maps are written by the first slice alone
     x, q = (x_ptr + image * sxb, sxn, sxd), (q_ptr, sqk, sqd)
@@ -180,7 +183,7 @@ def _forward_kernel(x_ptr, q_ptr, bias_ptr,                 # x (B, N, D), q (K,
         tiles = _tiles(x, n, end, D, HOLD)                                                      # chunks x (8, BN, 16)
         dots = _products(tiles, x, n, end, rows, q, k, K, D, HOLD, PRECISION)
         a = _softmax(2 * dots - norm[None, :], bias, k, K, AFTER)
-        a = tl.maximum(a + bias, 0.0) if AFTER else a
+        a = tl.where(a + bias < 0, 0.0, a + bias) if AFTER else a       # tl.maximum would turn a NaN into 0
         if SMOOTH:
             a = tl.where(k[None, :] < K, a + smoothing, 0.0)
             a = a * (1 / tl.sum(a, 1))[:, None]
@@ -189,7 +192,7 @@ def _forward_kernel(x_ptr, q_ptr, bias_ptr,                 # x (B, N, D), q (K,
         mass += region
         sums = _add_weighted(sums, region.to(x_ptr.dtype.element_ty), tiles, x, n, end, first, D, HOLD, PRECISION)
         tl.store(attention_ptr + image * K * N + (k[None, :] * N + n[:, None]), a, inside & writes[None, :])
-    _store_sums(part_ptr, part_mass_ptr, sums, mass, k, K, first, D)
+    _store_sums(part_ptr, part_mass_ptr, sums, mass, part, k, K, first, D)
 
 
 @jit
@@ -235,7 +238,7 @@ def backward_reference(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
         h = dA + won * dr
         if smoothing > 0:
             h = (h - (h * a).sum(-1, keepdim=True)) / (u.clamp(min=0) + smoothing).sum(-1, keepdim=True)
-        h = torch.where(u >= 0, h, 0)
+        h = torch.where(u < 0, 0, h)
         dl = s * (h - (h * s).sum(-1, keepdim=True))
         dq = 2 * (torch.einsum("bnk,bnd->kd", dl, e) - q * dl.sum((0, 1))[:, None])             # (K, D)
         dx = (won * a * inverse) @ dP + (0 if detach_maps else 2 * dl @ q)                      # (B, N, D)
@@ -252,14 +255,14 @@ def _backward_kernel(x_ptr, q_ptr, bias_ptr,                # x (B, N, D), q (K,
                      da_ptr, dp_ptr, dm_ptr,                # (B, K, N), (B, K, D) and (B, K): any strides
                      dl_ptr, h_ptr,                         # out (B, K, N) fp32
                      part_ptr, part_sum_ptr,                # out (B * spans, K, D) and (B * spans, K) fp32
-                     N, K, spans, span, sxb, sxn, sxd, sqk, sqd, sbk, sbn, sab, sak, san, spb, spk, spd, smb, smk,
+                     N, K, spans, span, slices, sxb, sxn, sxd, sqk, sqd, sbk, sbn, sab, sak, san, spb, spk, spd, smb, smk,
                      smoothing, POOLED: tl.constexpr, WANT_DL: tl.constexpr, WANT_H: tl.constexpr, AFTER: tl.constexpr,
                      SMOOTH: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HOLD: tl.constexpr,
                      POOL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
-    image = (tl.program_id(0) // spans).to(tl.int64)
-    begin = (tl.program_id(0) % spans) * span
+    part, first = tl.program_id(0) // slices, tl.program_id(0) % slices * POOL
+    image = (part // spans).to(tl.int64)
+    begin = (part % spans) * span
     end = tl.minimum(begin + span, N)
-    first = tl.program_id(1) * POOL
     k = tl.arange(0, BK)
     writes = k < tl.where(first == 0, K, 0)
     x, q = (x_ptr + image * sxb, sxn, sxd), (q_ptr, sqk, sqd)
@@ -291,7 +294,7 @@ def _backward_kernel(x_ptr, q_ptr, bias_ptr,                # x (B, N, D), q (K,
         if SMOOTH:
             total = tl.sum(tl.where(k[None, :] < K, tl.maximum(u, 0.0) + smoothing, 0.0), 1)
             h = (h - tl.sum(h * a, 1)[:, None]) / total[:, None]
-        h = tl.where(u >= 0, h, 0.0)
+        h = tl.where(u < 0, 0.0, h)
         dl = tl.where(n[:, None] < end, s * (h - tl.sum(h * s, 1)[:, None]), 0.0)
         weight = dl.to(x_ptr.dtype.element_ty)              # rounded in both sums: dq is their difference
         sum_dl += weight.to(tl.float32)
@@ -301,7 +304,7 @@ def _backward_kernel(x_ptr, q_ptr, bias_ptr,                # x (B, N, D), q (K,
         if WANT_DL:
             tl.store(dl_ptr + image * K * N + (k[None, :] * N + n[:, None]), dl, inside & writes[None, :])
     if POOL > 0:                                            # 0: the prototypes ask for no gradient
-        _store_sums(part_ptr, part_sum_ptr, sums, sum_dl, k, K, first, D)
+        _store_sums(part_ptr, part_sum_ptr, sums, sum_dl, part, k, K, first, D)
 
 
 @jit
@@ -360,7 +363,7 @@ def _plan(B, N, D, K, size, products, processors, shared):
         BN, stages, hold, pool = 16, 1, 0, max(p for p in range(1, max(2, 64 // BK + 1)) if chunks % p == 0)
     spans = processors // B if 2 * B <= processors else triton.cdiv(4 * processors, B)      # one wave, or at least four
     span = triton.cdiv(N, max(1, min(spans, N // (2 * BN))) * BN) * BN
-    exact = torch.get_float32_matmul_precision() == "highest"           # PyTorch's switch: fp32 as it is, or 3 x TF32
+    exact = torch.backends.cuda.matmul.fp32_precision != "tf32"         # PyTorch's switch: fp32 as it is, or 3 x TF32
     return dict(D=D, BN=BN, BK=BK, HOLD=hold, POOL=pool, STAGES=stages, PRECISION="ieee" if exact else "tf32x3"), \
         triton.cdiv(N, span), span, chunks // pool
 
@@ -371,9 +374,9 @@ def launch_forward(x, prototypes, bias, after, smoothing):
     empty = functools.partial(x.new_empty, dtype=torch.float32)
     attention, pooled, mass = empty((B, K, N)), x.new_empty((B, K, D)), empty((B, K))
     part, part_mass = empty((B * spans, K, D)), empty((B * spans, K))
-    wrap_triton(_forward_kernel)[(B * spans, slices)](
-        x, q, bias, attention, part, part_mass, N, K, spans, span, *x.stride(), *q.stride(), *bias.stride(), smoothing,
-        AFTER=after, SMOOTH=smoothing > 0, num_warps=8, **cut)
+    wrap_triton(_forward_kernel)[(B * spans * slices,)](
+        x, q, bias, attention, part, part_mass, N, K, spans, span, slices, *x.stride(), *q.stride(), *bias.stride(),
+        smoothing, AFTER=after, SMOOTH=smoothing > 0, num_warps=8, **cut)
     wrap_triton(_combine_kernel)[(B * K, triton.cdiv(D, 256))](part, part_mass, pooled, mass, K, D, spans, BLOCK=256)
     return attention, pooled, mass
 
@@ -386,15 +389,15 @@ def launch_backward(dA, dP, dm, x, prototypes, bias, attention, pooled, mass, af
     dA = dA.contiguous() if dA.numel() >= 2 ** 31 else dA                   # _map counts in 32 bits within an image
     want_h, want_dl = want_b and after, (want_x and not detach_maps) or (want_b and not after)
     cut, spans, span, slices = _plan(B, N, D, K, x.element_size(), 2 + POOLED, *_chip(x.device))
+    cut, slices = (cut, slices) if want_q else (cut | dict(POOL=0), 1)          # no (K, D) sums: nothing to slice
     empty = functools.partial(x.new_empty, dtype=torch.float32)
     h, dl, dx = empty((B * want_h, K, N)), empty((B * want_dl, K, N)), x.new_empty((B * want_x, N, D))
     part, part_sum = empty((B * spans * want_q, K, D)), empty((B * spans * want_q, K))
     if want_q or want_h or want_dl:
-        wrap_triton(_backward_kernel)[(B * spans, slices if want_q else 1)](
-            x, q, bias, attention, pooled, mass, dA, dP, dm, dl, h, part, part_sum, N, K, spans, span, *x.stride(),
-            *q.stride(), *bias.stride(), *dA.stride(), *dP.stride(), *dm.stride(), smoothing, POOLED=POOLED,
-            WANT_DL=want_dl, WANT_H=want_h, AFTER=after, SMOOTH=smoothing > 0, num_warps=8,
-            **(cut if want_q else cut | dict(POOL=0)))
+        wrap_triton(_backward_kernel)[(B * spans * slices,)](
+            x, q, bias, attention, pooled, mass, dA, dP, dm, dl, h, part, part_sum, N, K, spans, span, slices,
+            *x.stride(), *q.stride(), *bias.stride(), *dA.stride(), *dP.stride(), *dm.stride(), smoothing, POOLED=POOLED,
+            WANT_DL=want_dl, WANT_H=want_h, AFTER=after, SMOOTH=smoothing > 0, num_warps=8, **cut)
     if want_x:
         wrap_triton(_patch_gradient_kernel)[(B * triton.cdiv(N, 64),)](
             q, dP, attention, mass, dl, dx, N, K, *q.stride(), *dP.stride(), LOGITS=not detach_maps, POOLED=POOLED,
@@ -407,18 +410,18 @@ def _fused(x):
     return triton is not None and x.is_cuda and x.numel() > 0 and x.element_size() in (2, 4) and x.is_floating_point()
 
 
-@triton_op("ivpt::prototype_attention", mutates_args=(), schema="(Tensor x, Tensor prototypes, Tensor bias, "
-           "bool after, float smoothing, bool detach_maps) -> (Tensor, Tensor, Tensor)")
-def _op(x, prototypes, bias, after, smoothing, detach_maps):
+@triton_op("ivpt::prototype_attention", mutates_args=())     # annotations are the schema: torch 2.11 takes no other
+def _op(x: Tensor, prototypes: Tensor, bias: Tensor, after: bool, smoothing: float,
+        detach_maps: bool) -> tuple[Tensor, Tensor, Tensor]:
     if _fused(x):
         return launch_forward(x, prototypes, bias, after, smoothing)
     return prototype_attention_reference(x, prototypes, bias, after, smoothing=smoothing)
 
 
-@triton_op("ivpt::prototype_attention_backward", mutates_args=(), schema="(Tensor? dA, Tensor? dP, Tensor? dm, "
-           "Tensor x, Tensor prototypes, Tensor bias, Tensor attention, Tensor pooled, Tensor mass, bool after, "
-           "float smoothing, bool detach_maps, bool[] needed) -> (Tensor, Tensor, Tensor)")
-def _backward_op(dA, dP, dm, x, prototypes, bias, attention, pooled, mass, after, smoothing, detach_maps, needed):
+@triton_op("ivpt::prototype_attention_backward", mutates_args=())
+def _backward_op(dA: Tensor | None, dP: Tensor | None, dm: Tensor | None, x: Tensor, prototypes: Tensor, bias: Tensor,
+                 attention: Tensor, pooled: Tensor, mass: Tensor, after: bool, smoothing: float, detach_maps: bool,
+                 needed: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     given = dA, dP, dm, x, prototypes, bias, attention, pooled, mass, after, smoothing, detach_maps, needed
     return launch_backward(*given) if _fused(x) else backward_reference(*given)
 

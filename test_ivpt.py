@@ -365,7 +365,8 @@ def kernels_compile(target):
     results = {}
     kinds = [(kernels._forward_kernel, 1), (kernels._backward_kernel, 3), (kernels._patch_gradient_kernel, 1)]
     for kernel, products in kinds if D == 768 or os.environ.get("IVPT_ALL_TARGETS") else kinds[:2]:
-        cut = kernels._plan(B, N, D, K, 4 if dtype == "fp32" else 2, products, 132, KERNELS_CHIPS[chip])[0]
+        cut, _, _, slices = kernels._plan(B, N, D, K, 4 if dtype == "fp32" else 2, products, 132, KERNELS_CHIPS[chip])
+        cut |= dict(slices=slices) if slices == 1 else {}       # as a launch does it: an argument of 1 is compiled in
         cut |= dict(AFTER=True, SMOOTH=False, POOLED=True, WANT_DL=True, WANT_H=True, LOGITS=True, BD=64, sxd=1, sqd=1,
                     spd=1, sbn=1, san=1)
         cut["BN"] = 64 if kernel is kernels._patch_gradient_kernel else cut["BN"]
