@@ -304,10 +304,10 @@ def _patch_gradient_kernel(q_ptr, dp_ptr,                   # (K, D) and (B, K, 
                            dx_ptr,                          # out (B, N, D)
                            N, K, sqk, sqd, spb, spk, spd, LOGITS: tl.constexpr, POOLED: tl.constexpr, D: tl.constexpr,
                            BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
-    blocks = tl.cdiv(N, BN)
+    blocks, k = tl.cdiv(N, BN), tl.arange(0, BK)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     n = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
-    k, dtype = tl.arange(0, BK), dx_ptr.dtype.element_ty
+    dtype = dx_ptr.dtype.element_ty
     inside = (k[None, :] < K) & (n[:, None] < N)
     if LOGITS:
         dl = (2 * _map(dl_ptr + image * K * N, k, n, inside, N, 1)).to(dtype)                   # (BN, BK)
