@@ -329,8 +329,9 @@ def kernels_run_interpreted():
     for i, after in itertools.product(range(3), (True, False)):                         # a NaN must show, not become 0
         inputs = kernels_problem(2, 20, 40, 5)[0]
         inputs[i].view(-1)[7] = math.nan
-        found, expected = kernels.launch_forward(*inputs, after, 0.0), kernels.prototype_attention_reference(*inputs, after)
-        same = all(torch.equal(f.isnan(), e.isnan()) for f, e in zip(found, expected)) and found[0].isnan().any()
+        found, expected = (function(*inputs, after, smoothing=0.0)[0].isnan() for function in (
+            kernels.launch_forward, kernels.prototype_attention_reference))             # who wins such a patch is open
+        same = torch.equal(found, expected) and bool(found.any())
         results[f"nan {i} {after}"] = dict(excess=[0.0 if same else 1.0], repeats=True, unasked=0)
     print(json.dumps(results))
 
