@@ -465,7 +465,7 @@ def measure(run, fill):
 def main():
     cuda, device = torch.cuda.is_available(), "cuda" if torch.cuda.is_available() else "cpu"
     fill = torch.empty(2 ** 32, dtype=torch.uint8, device=device) if cuda else None
-    copied = 2e-3 * 2 ** 32 / measure(fill.clone, fill)[0] if cuda else None                    # GB/s, read and written
+    copied = 2e-3 * 2 ** 32 / measure(fill.clone, fill)[0] if cuda else 1                       # GB/s, read and written
     forms = {"product": functools.partial(two_reads, product_form=True), "two reads": two_reads,
              "compiled": torch.compile(two_reads), "Triton" if cuda else "reference": prototype_attention}
     print("torch", torch.__version__, f"{torch.cuda.get_device_name()}, copy {copied:.0f} GB/s" if cuda else
