@@ -25,6 +25,7 @@ import itertools
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 try:
@@ -47,6 +48,10 @@ def _attend(x, prototypes, bias, bias_after_softmax, smoothing):
         attention = (attention + smoothing) / (attention + smoothing).sum(-1, keepdim=True)
     return softmax, shifted, attention
 
+def _won(attention):
+    """(B, N, K) bool: the first of the largest. torch 2.11 compiles argmax wrongly here (pytorch issue 178964)."""
+    top = attention == attention.amax(-1, keepdim=True)
+    return top & (top.cumsum(-1) == 1)
 
 def _wide(*tensors):
     """Squared distances are in the hundreds and go into an exponent: fp32, or fp64 where the input is fp64."""
@@ -61,8 +66,7 @@ def prototype_attention_reference(x, prototypes, bias, bias_after_softmax=True, 
     with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
         patches, q, b = _wide(x, prototypes, bias)
         attention = _attend(patches.detach() if detach_maps else patches, q, b, bias_after_softmax, smoothing)[2]
-        winner = attention.detach().argmax(-1, keepdim=True)                                    # (B, N, 1), the first
-        region = attention * torch.zeros_like(attention).scatter(-1, winner, 1)                 # (B, N, K)
+        region = torch.where(_won(attention.detach()), attention, 0)                            # (B, N, K)
         mass = region.sum(1)                                                                    # (B, K)
         mean = region.mT @ patches / torch.where(mass > 0, mass, 1)[..., None]                  # (B, K, D)
         pooled = torch.where(mass[..., None] > 0, mean, 0).to(x.dtype)
@@ -79,7 +83,7 @@ def prototype_attention_reference(x, prototypes, bias, bias_after_softmax=True, 
 # are written, and a second kernel adds the spans of an image in their order: no atomics, the same bits in every run.
 # K is padded to BK with -inf; D is walked in chunks, the last one masked. HOLD is the number of chunks kept on chip:
 # all, or none where K * D is too large. Then tiles are loaded again for the second product, from the L2 cache, and
-# program_id(1) says which POOL chunks are summed. A matrix below is (pointer, row stride, column stride).
+# neighbouring programs share a span: each sums a slice, POOL chunks. A matrix is (pointer, row stride, column stride).
 @jit
 def _tile(matrix, row, rows, chunk, D: tl.constexpr):
     """(8, R, 16): of the given rows, column c of warp w is column 128 chunk + 16 w + c. Zero outside."""
@@ -88,14 +92,12 @@ def _tile(matrix, row, rows, chunk, D: tl.constexpr):
     inside = row[None, :, None] < rows if D % 128 == 0 else (row[None, :, None] < rows) & (d < D)
     return tl.load(ptr + row[None, :, None].to(tl.int64) * stride_row + d.to(tl.int64) * stride_d, inside, other=0.0)
 
-
 @jit
 def _tiles(matrix, row, rows, D: tl.constexpr, CHUNKS: tl.constexpr):
     tiles = ()
     for c in tl.static_range(CHUNKS):
         tiles = tiles + (_tile(matrix, row, rows, c, D),)
     return tiles
-
 
 @jit
 def _row_dots(left, right, k, K, D: tl.constexpr):
@@ -104,11 +106,9 @@ def _row_dots(left, right, k, K, D: tl.constexpr):
         total += tl.sum(tl.sum(_tile(left, k, K, c, D).to(tl.float32) * _tile(right, k, K, c, D), 0), 1)
     return total
 
-
 @jit
 def _map(ptr, k, n, inside, stride_k, stride_n):                                                # (K, N) -> (BN, BK)
     return tl.load(ptr + (k[None, :] * stride_k + n[:, None] * stride_n), inside, other=0.0).to(tl.float32)
-
 
 @jit
 def _products(tiles, x, n, end, rows, q, k, K, D: tl.constexpr, HOLD: tl.constexpr, PRECISION: tl.constexpr):
@@ -127,13 +127,11 @@ def _products(tiles, x, n, end, rows, q, k, K, D: tl.constexpr, HOLD: tl.constex
     low, high = tl.split(low + high)
     return low + high
 
-
 @jit
 def _softmax(logits, bias, k, K, AFTER: tl.constexpr):
     logits = tl.where(k[None, :] < K, logits if AFTER else logits + bias, float("-inf"))
     share = tl.exp(logits - tl.max(logits, 1)[:, None])
     return share * (1 / tl.sum(share, 1))[:, None]                                              # (BN, BK)
-
 
 @jit
 def _add_weighted(sums, weight, tiles, x, n, end, first, D: tl.constexpr, HOLD: tl.constexpr, PRECISION: tl.constexpr):
@@ -145,10 +143,9 @@ def _add_weighted(sums, weight, tiles, x, n, end, first, D: tl.constexpr, HOLD: 
         added = added + (tl.dot(weight, tile, sums[c], input_precision=PRECISION),)
     return added
 
-
 @jit
-def _store_sums(part_ptr, part_total_ptr, sums, total, k, K, first, D: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * K                                                     # (B * spans, K, D)
+def _store_sums(part_ptr, part_total_ptr, sums, total, part, k, K, first, D: tl.constexpr):
+    row = part.to(tl.int64) * K                                                                 # (B * spans, K, D)
     tl.store(part_total_ptr + row + k, tl.sum(total, 0), k < tl.where(first == 0, K, 0))
     k = k[None, :, None]
     for c in tl.static_range(len(sums)):
@@ -160,13 +157,12 @@ def _store_sums(part_ptr, part_total_ptr, sums, total, k, K, first, D: tl.conste
 def _forward_kernel(x_ptr, q_ptr, bias_ptr,                 # x (B, N, D), q (K, D) like x, bias (K, N): any strides
                     attention_ptr,                          # out (B, K, N) fp32
                     part_ptr, part_mass_ptr,                # out (B * spans, K, D) and (B * spans, K) fp32
-                    N, K, spans, span, sxb, sxn, sxd, sqk, sqd, sbk, sbn, smoothing, AFTER: tl.constexpr,
+                    N, K, spans, span, slices, sxb, sxn, sxd, sqk, sqd, sbk, sbn, smoothing, AFTER: tl.constexpr,
                     SMOOTH: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HOLD: tl.constexpr,
                     POOL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
-    image = (tl.program_id(0) // spans).to(tl.int64)
-    begin = (tl.program_id(0) % spans) * span
+    part, first = tl.program_id(0) // slices, tl.program_id(0) % slices * POOL       # whose span, from which chunk
+    image, begin = (part // spans).to(tl.int64), part % spans * span
     end = tl.minimum(begin + span, N)
-    first = tl.program_id(1) * POOL                         # the first chunk whose columns this program sums
     k = tl.arange(0, BK)
     writes = k < tl.where(first == 0, K, 0)                 # the maps are written by the first slice alone
     x, q = (x_ptr + image * sxb, sxn, sxd), (q_ptr, sqk, sqd)
@@ -180,7 +176,7 @@ def _forward_kernel(x_ptr, q_ptr, bias_ptr,                 # x (B, N, D), q (K,
         tiles = _tiles(x, n, end, D, HOLD)                                                      # chunks x (8, BN, 16)
         dots = _products(tiles, x, n, end, rows, q, k, K, D, HOLD, PRECISION)
         a = _softmax(2 * dots - norm[None, :], bias, k, K, AFTER)
-        a = tl.maximum(a + bias, 0.0) if AFTER else a
+        a = tl.where(a + bias < 0, 0.0, a + bias) if AFTER else a       # tl.maximum would turn a NaN into 0
         if SMOOTH:
             a = tl.where(k[None, :] < K, a + smoothing, 0.0)
             a = a * (1 / tl.sum(a, 1))[:, None]
@@ -189,7 +185,7 @@ def _forward_kernel(x_ptr, q_ptr, bias_ptr,                 # x (B, N, D), q (K,
         mass += region
         sums = _add_weighted(sums, region.to(x_ptr.dtype.element_ty), tiles, x, n, end, first, D, HOLD, PRECISION)
         tl.store(attention_ptr + image * K * N + (k[None, :] * N + n[:, None]), a, inside & writes[None, :])
-    _store_sums(part_ptr, part_mass_ptr, sums, mass, k, K, first, D)
+    _store_sums(part_ptr, part_mass_ptr, sums, mass, part, k, K, first, D)
 
 
 @jit
@@ -229,13 +225,12 @@ def backward_reference(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
     with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
         e, q, b, a, p, m, dA, dP, dm = _wide(x, prototypes, bias, attention.mT, pooled, mass, dA.mT, dP, dm)
         s, u, _ = _attend(e, q, b, after, smoothing)
-        won = torch.zeros_like(a).scatter(-1, a.argmax(-1, keepdim=True), 1)                    # (B, N, K)
-        inverse = torch.where(m > 0, 1 / m, 0)[:, None]                                         # (B, 1, K)
+        won, inverse = _won(a), torch.where(m > 0, 1 / m, 0)[:, None]                           # (B, N, K), (B, 1, K)
         dr = dm[:, None] + (e @ dP.mT - (dP * p).sum(-1)[:, None]) * inverse
         h = dA + won * dr
         if smoothing > 0:
             h = (h - (h * a).sum(-1, keepdim=True)) / (u.clamp(min=0) + smoothing).sum(-1, keepdim=True)
-        h = torch.where(u >= 0, h, 0)
+        h = torch.where(u < 0, 0, h)
         dl = s * (h - (h * s).sum(-1, keepdim=True))
         dq = 2 * (torch.einsum("bnk,bnd->kd", dl, e) - q * dl.sum((0, 1))[:, None])             # (K, D)
         dx = (won * a * inverse) @ dP + (0 if detach_maps else 2 * dl @ q)                      # (B, N, D)
@@ -252,14 +247,13 @@ def _backward_kernel(x_ptr, q_ptr, bias_ptr,                # x (B, N, D), q (K,
                      da_ptr, dp_ptr, dm_ptr,                # (B, K, N), (B, K, D) and (B, K): any strides
                      dl_ptr, h_ptr,                         # out (B, K, N) fp32
                      part_ptr, part_sum_ptr,                # out (B * spans, K, D) and (B * spans, K) fp32
-                     N, K, spans, span, sxb, sxn, sxd, sqk, sqd, sbk, sbn, sab, sak, san, spb, spk, spd, smb, smk,
-                     smoothing, POOLED: tl.constexpr, WANT_DL: tl.constexpr, WANT_H: tl.constexpr, AFTER: tl.constexpr,
-                     SMOOTH: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HOLD: tl.constexpr,
-                     POOL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
-    image = (tl.program_id(0) // spans).to(tl.int64)
-    begin = (tl.program_id(0) % spans) * span
+                     N, K, spans, span, slices, sxb, sxn, sxd, sqk, sqd, sbk, sbn, sab, sak, san, spb, spk, spd, smb,
+                     smk, smoothing, POOLED: tl.constexpr, WANT_DL: tl.constexpr, WANT_H: tl.constexpr,
+                     AFTER: tl.constexpr, SMOOTH: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                     HOLD: tl.constexpr, POOL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
+    part, first = tl.program_id(0) // slices, tl.program_id(0) % slices * POOL
+    image, begin = (part // spans).to(tl.int64), part % spans * span
     end = tl.minimum(begin + span, N)
-    first = tl.program_id(1) * POOL
     k = tl.arange(0, BK)
     writes = k < tl.where(first == 0, K, 0)
     x, q = (x_ptr + image * sxb, sxn, sxd), (q_ptr, sqk, sqd)
@@ -291,7 +285,7 @@ def _backward_kernel(x_ptr, q_ptr, bias_ptr,                # x (B, N, D), q (K,
         if SMOOTH:
             total = tl.sum(tl.where(k[None, :] < K, tl.maximum(u, 0.0) + smoothing, 0.0), 1)
             h = (h - tl.sum(h * a, 1)[:, None]) / total[:, None]
-        h = tl.where(u >= 0, h, 0.0)
+        h = tl.where(u < 0, 0.0, h)
         dl = tl.where(n[:, None] < end, s * (h - tl.sum(h * s, 1)[:, None]), 0.0)
         weight = dl.to(x_ptr.dtype.element_ty)              # rounded in both sums: dq is their difference
         sum_dl += weight.to(tl.float32)
@@ -301,7 +295,7 @@ def _backward_kernel(x_ptr, q_ptr, bias_ptr,                # x (B, N, D), q (K,
         if WANT_DL:
             tl.store(dl_ptr + image * K * N + (k[None, :] * N + n[:, None]), dl, inside & writes[None, :])
     if POOL > 0:                                            # 0: the prototypes ask for no gradient
-        _store_sums(part_ptr, part_sum_ptr, sums, sum_dl, k, K, first, D)
+        _store_sums(part_ptr, part_sum_ptr, sums, sum_dl, part, k, K, first, D)
 
 
 @jit
@@ -310,11 +304,9 @@ def _patch_gradient_kernel(q_ptr, dp_ptr,                   # (K, D) and (B, K, 
                            dx_ptr,                          # out (B, N, D)
                            N, K, sqk, sqd, spb, spk, spd, LOGITS: tl.constexpr, POOLED: tl.constexpr, D: tl.constexpr,
                            BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
-    """dx_n = 2 sum_k dl_k(n) q_k + a_w(n) / m_w dP_w: two products over k, as thin as K."""
-    blocks = tl.cdiv(N, BN)
+    blocks, k = tl.cdiv(N, BN), tl.arange(0, BK)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     n = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
-    k = tl.arange(0, BK)
     dtype = dx_ptr.dtype.element_ty
     inside = (k[None, :] < K) & (n[:, None] < N)
     if LOGITS:
@@ -345,22 +337,20 @@ def _chip(device):
     chip = torch.cuda.get_device_properties(device) if torch.cuda.is_available() else None
     return (chip.multi_processor_count, chip.shared_memory_per_block_optin) if chip else (132, 232448)
 
-
 def _plan(B, N, D, K, size, products, processors, shared):
     """How a problem is cut: constexprs, spans of an image, patches of a span, slices of D. products: 1 in the forward,
     in the backward 2, or 3 with x.dP. sums: a thread's registers for the (K, D) sums; above the limit, spilling."""
-    BK, chunks, BN, stages = max(16, triton.next_power_of_2(K)), triton.cdiv(D, 128), 16, 1
-    sums, forward = BK * chunks // 2, products == 1
+    BK, chunks, forward, BN, stages = max(16, triton.next_power_of_2(K)), triton.cdiv(D, 128), products == 1, 16, 1
+    sums, hold, pool = BK * chunks // 2, chunks, chunks
     if sums <= (128 if size == 2 else 48 if forward else 0):
-        BN = 32 if size == 2 and forward and sums <= 96 else 16
-        tile, maps, rows = BN * chunks * 128 * size, BN * BK * 4, (1 + (products == 3)) * BK * chunks * 128 * size
-        stages = min(3, (shared - rows - 8 * maps) // (tile + (1 if forward else 3) * maps) + 1)
-    hold, pool = chunks, chunks
+        row, free = chunks * 128 * size, shared - (1 + (products == 3)) * BK * chunks * 128 * size
+        BN = 32 if size == 2 and forward and sums <= 96 and free >= 32 * (row + 36 * BK) else 16
+        stages = min(3, (free - 32 * BN * BK) // (BN * (row + (4 if forward else 12) * BK)) + 1)  # a map: 4 BN BK bytes
     if stages < 2:                                          # does not fit: nothing held, a divisor of chunks per slice
         BN, stages, hold, pool = 16, 1, 0, max(p for p in range(1, max(2, 64 // BK + 1)) if chunks % p == 0)
     spans = processors // B if 2 * B <= processors else triton.cdiv(4 * processors, B)      # one wave, or at least four
     span = triton.cdiv(N, max(1, min(spans, N // (2 * BN))) * BN) * BN
-    exact = torch.get_float32_matmul_precision() == "highest"           # PyTorch's switch: fp32 as it is, or 3 x TF32
+    exact = torch.backends.cuda.matmul.fp32_precision != "tf32"         # PyTorch's switch: fp32 as it is, or 3 x TF32
     return dict(D=D, BN=BN, BK=BK, HOLD=hold, POOL=pool, STAGES=stages, PRECISION="ieee" if exact else "tf32x3"), \
         triton.cdiv(N, span), span, chunks // pool
 
@@ -371,9 +361,9 @@ def launch_forward(x, prototypes, bias, after, smoothing):
     empty = functools.partial(x.new_empty, dtype=torch.float32)
     attention, pooled, mass = empty((B, K, N)), x.new_empty((B, K, D)), empty((B, K))
     part, part_mass = empty((B * spans, K, D)), empty((B * spans, K))
-    wrap_triton(_forward_kernel)[(B * spans, slices)](
-        x, q, bias, attention, part, part_mass, N, K, spans, span, *x.stride(), *q.stride(), *bias.stride(), smoothing,
-        AFTER=after, SMOOTH=smoothing > 0, num_warps=8, **cut)
+    wrap_triton(_forward_kernel)[(B * spans * slices,)](
+        x, q, bias, attention, part, part_mass, N, K, spans, span, slices, *x.stride(), *q.stride(), *bias.stride(),
+        smoothing, AFTER=after, SMOOTH=smoothing > 0, num_warps=8, **cut)
     wrap_triton(_combine_kernel)[(B * K, triton.cdiv(D, 256))](part, part_mass, pooled, mass, K, D, spans, BLOCK=256)
     return attention, pooled, mass
 
@@ -386,15 +376,15 @@ def launch_backward(dA, dP, dm, x, prototypes, bias, attention, pooled, mass, af
     dA = dA.contiguous() if dA.numel() >= 2 ** 31 else dA                   # _map counts in 32 bits within an image
     want_h, want_dl = want_b and after, (want_x and not detach_maps) or (want_b and not after)
     cut, spans, span, slices = _plan(B, N, D, K, x.element_size(), 2 + POOLED, *_chip(x.device))
+    cut, slices = (cut, slices) if want_q else (cut | dict(POOL=0), 1)          # no (K, D) sums: nothing to slice
     empty = functools.partial(x.new_empty, dtype=torch.float32)
     h, dl, dx = empty((B * want_h, K, N)), empty((B * want_dl, K, N)), x.new_empty((B * want_x, N, D))
     part, part_sum = empty((B * spans * want_q, K, D)), empty((B * spans * want_q, K))
     if want_q or want_h or want_dl:
-        wrap_triton(_backward_kernel)[(B * spans, slices if want_q else 1)](
-            x, q, bias, attention, pooled, mass, dA, dP, dm, dl, h, part, part_sum, N, K, spans, span, *x.stride(),
-            *q.stride(), *bias.stride(), *dA.stride(), *dP.stride(), *dm.stride(), smoothing, POOLED=POOLED,
-            WANT_DL=want_dl, WANT_H=want_h, AFTER=after, SMOOTH=smoothing > 0, num_warps=8,
-            **(cut if want_q else cut | dict(POOL=0)))
+        wrap_triton(_backward_kernel)[(B * spans * slices,)](
+            x, q, bias, attention, pooled, mass, dA, dP, dm, dl, h, part, part_sum, N, K, spans, span, slices,
+            *x.stride(), *q.stride(), *bias.stride(), *dA.stride(), *dP.stride(), *dm.stride(), smoothing,
+            POOLED=POOLED, WANT_DL=want_dl, WANT_H=want_h, AFTER=after, SMOOTH=smoothing > 0, num_warps=8, **cut)
     if want_x:
         wrap_triton(_patch_gradient_kernel)[(B * triton.cdiv(N, 64),)](
             q, dP, attention, mass, dl, dx, N, K, *q.stride(), *dP.stride(), LOGITS=not detach_maps, POOLED=POOLED,
@@ -406,42 +396,43 @@ def launch_backward(dA, dP, dm, x, prototypes, bias, attention, pooled, mass, af
 def _fused(x):
     return triton is not None and x.is_cuda and x.numel() > 0 and x.element_size() in (2, 4) and x.is_floating_point()
 
-
-@triton_op("ivpt::prototype_attention", mutates_args=(), schema="(Tensor x, Tensor prototypes, Tensor bias, "
-           "bool after, float smoothing, bool detach_maps) -> (Tensor, Tensor, Tensor)")
-def _op(x, prototypes, bias, after, smoothing, detach_maps):
+@triton_op("ivpt::prototype_attention", mutates_args=())     # annotations are the schema: torch 2.11 takes no other
+def _op(x: Tensor, prototypes: Tensor, bias: Tensor, after: bool, smoothing: float,
+        detach_maps: bool) -> tuple[Tensor, Tensor, Tensor]:
     if _fused(x):
         return launch_forward(x, prototypes, bias, after, smoothing)
     return prototype_attention_reference(x, prototypes, bias, after, smoothing=smoothing)
 
-
-@triton_op("ivpt::prototype_attention_backward", mutates_args=(), schema="(Tensor? dA, Tensor? dP, Tensor? dm, "
-           "Tensor x, Tensor prototypes, Tensor bias, Tensor attention, Tensor pooled, Tensor mass, bool after, "
-           "float smoothing, bool detach_maps, bool[] needed) -> (Tensor, Tensor, Tensor)")
-def _backward_op(dA, dP, dm, x, prototypes, bias, attention, pooled, mass, after, smoothing, detach_maps, needed):
+@triton_op("ivpt::prototype_attention_backward", mutates_args=())
+def _backward_op(dA: Tensor | None, dP: Tensor | None, dm: Tensor | None, x: Tensor, prototypes: Tensor, bias: Tensor,
+                 attention: Tensor, pooled: Tensor, mass: Tensor, after: bool, smoothing: float, detach_maps: bool,
+                 needed: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     given = dA, dP, dm, x, prototypes, bias, attention, pooled, mass, after, smoothing, detach_maps, needed
     return launch_backward(*given) if _fused(x) else backward_reference(*given)
-
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)                        # an output that has no gradient costs nothing
     ctx.save_for_backward(*inputs[:3], *output)
     ctx.options = inputs[3:]
 
-
 def _differentiate(ctx, *grads):
     needed = list(ctx.needs_input_grad[:3])
     results = _backward_op(*grads, *ctx.saved_tensors, *ctx.options, needed)
     return *(result if want else None for result, want in zip(results, needed)), None, None, None
-
 
 _op.register_autograd(_differentiate, setup_context=_save)
 
 
 def prototype_attention(x, prototypes, bias, bias_after_softmax=True, *, smoothing=0.0, detach_maps=False):
     """As prototype_attention_reference. Fused on an NVIDIA GPU in fp32, bf16 and fp16; elsewhere the reference itself.
-    Under autocast x keeps its dtype: the logits are summed in fp32 anyway, and a cast would read x once more."""
+    The kernels round the prototypes to the dtype of x, which under autocast is autocast's, as for any matmul: LayerNorm
+    hands over fp32, whose tiles are twice as large and miss the tensor cores. ValueError: shapes that disagree."""
+    if prototypes.shape[1:] != x.shape[2:] or bias.shape != (len(prototypes), x.shape[1]):      # reads past their ends
+        found = [*map(list, (x.shape, prototypes.shape, bias.shape))]
+        raise ValueError(f"x, prototypes, bias of shapes {found}: expected (B, N, D), (K, D), (K, N)")
     if _fused(x):
+        if x.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+            x = x.to(torch.get_autocast_dtype("cuda"))
         return _op(x, prototypes, bias, bias_after_softmax, float(smoothing), detach_maps)
     options = dict(smoothing=smoothing, detach_maps=detach_maps)
     return prototype_attention_reference(x, prototypes, bias, bias_after_softmax, **options)
@@ -458,40 +449,49 @@ def two_reads(x, prototypes, bias, product_form=False):
     return attention.mT, pooled / torch.where(mass > 0, mass, 1).to(x.dtype)[..., None], mass
 
 
-def measure(run, cuda):
-    """Microseconds: median, 20 % and 80 % of the GPU's time (without a GPU: of wall time), median of the wall time."""
+def measure(run, fill):
+    """Microseconds: median, 20 % and 80 % of the GPU's time (without a GPU: of wall time), median of the wall time.
+    Before each GPU timing 4 GiB are filled: x leaves the cache, and Python, slower than the kernels, can queue them."""
     from torch.utils.benchmark import Timer                 # here, as it warns of a CUDA toolkit without a GPU
     wall = Timer("run()", globals=dict(run=run), num_threads=torch.get_num_threads()).blocked_autorange()
-    marks = triton.testing.do_bench(run, quantiles=(0.5, 0.2, 0.8)) if cuda else (
-        1e3 * torch.tensor(wall.times).quantile(torch.tensor((0.5, 0.2, 0.8)))).tolist()
-    return *(1e3 * mark for mark in marks), 1e6 * wall.median
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(100 if fill is not None else 0)]
+    for start, stop in marks:
+        fill.zero_(), start.record(), run(), stop.record()
+    torch.cuda.synchronize() if marks else None
+    times = [start.elapsed_time(stop) / 1e3 for start, stop in marks] or wall.times
+    return *(1e6 * torch.tensor(times).quantile(torch.tensor((0.5, 0.2, 0.8)))).tolist(), 1e6 * wall.median
 
 
 def main():
-    cuda = torch.cuda.is_available()
-    big = torch.empty(2 ** 30 if cuda else 1, dtype=torch.uint8, device="cuda" if cuda else "cpu")
-    copied = 2e-3 * big.numel() / measure(big.clone, cuda)[0]                                   # GB/s, read and written
+    cuda, device = torch.cuda.is_available(), "cuda" if torch.cuda.is_available() else "cpu"
+    fill = torch.empty(2 ** 32, dtype=torch.uint8, device=device) if cuda else None
+    copied = 2e-3 * 2 ** 32 / measure(fill.clone, fill)[0] if cuda else 1                       # GB/s, read and written
     forms = {"product": functools.partial(two_reads, product_form=True), "two reads": two_reads,
-             "compiled": torch.compile(two_reads)} | ({"Triton": prototype_attention} if cuda else {})
+             "compiled": torch.compile(two_reads), "Triton" if cuda else "reference": prototype_attention}
     print("torch", torch.__version__, f"{torch.cuda.get_device_name()}, copy {copied:.0f} GB/s" if cuda else
           "CPU: wall time of the PyTorch forms at batch 1. Missing: Triton, GPU time, copy bandwidth, peak memory.")
+    print("error: the largest against fp64, of outputs or gradients, as a share of the largest value\n"
+          "  B     N     D   K dtype    form      pass       median us (20 to 80 %)     wall us   error     GB/s")
     shapes = (32, 1369, 768, 17), (32, 256, 384, 17), (8, 1369, 1024, 17), (16, 196, 192, 5)
     for (B, N, D, K), dtype in itertools.product(shapes, (torch.float32, torch.bfloat16)):
         torch.compiler.reset()
         x, q, bias = torch.randn(B if cuda else 1, N, D), 0.3 * torch.randn(K, D), torch.zeros(K, N)
-        inputs = [t.to(big.device, t.dtype if t is bias else dtype).requires_grad_() for t in (x, q, bias)]
-        exact = [o.detach() for o in prototype_attention_reference(*(t.double() for t in inputs))]
+        inputs = [t.to(device, t.dtype if t is bias else dtype).requires_grad_() for t in (x, q, bias)]
+
+        def call(form, inputs, backward):
+            with torch.set_grad_enabled(backward):
+                outputs = form(*inputs)
+            return torch.autograd.grad(outputs, inputs, outputs) if backward else outputs
+        wide = [t.detach().double().requires_grad_() for t in inputs]
+        exact = [call(prototype_attention_reference, wide, backward) for backward in (False, True)]
         for (name, form), backward in itertools.product(forms.items(), (False, True)):
-            def run():
-                with torch.set_grad_enabled(backward):
-                    outputs = form(*inputs)
-                return torch.autograd.grad(outputs, inputs, outputs) if backward else outputs
-            error = max(((o - e).abs().max() / e.abs().max()).item() for o, e in zip(form(*inputs), exact))
+            run = functools.partial(call, form, inputs, backward)
+            error = max(((o - e).abs().max() / e.abs().max()).item() for o, e in zip(run(), exact[backward]))
             torch.cuda.reset_peak_memory_stats() if cuda else None
-            held, (median, low, high, wall) = torch.cuda.memory_allocated(), measure(run, cuda)
-            rate = (3 if backward else 1) * (inputs[0].nbytes + exact[0].nbytes // 2) / median / 1e3    # fewest bytes
+            held, (median, low, high, wall) = torch.cuda.memory_allocated(), measure(run, fill)
+            rate = (3 if backward else 1) * (inputs[0].nbytes + 4 * len(x) * K * N) / median / 1e3        # fewest bytes
             print(f"{len(x):3d} {N:5d} {D:5d} {K:3d} {str(dtype)[6:]:9s}{name:10s}{'fwd+bwd' if backward else 'fwd':8s}"
-                  f"{median:9.0f} us ({low:.0f} to {high:.0f}), wall {wall:.0f} us, error {error:.1e}, {rate:.1f} GB/s"
+                  f"{median:9.0f} ({f'{low:.0f} to {high:.0f})':20s}{wall:9.0f} {error:9.1e} {rate:7.1f}"
                   + f", {rate / copied:.0%} of copy, peak {torch.cuda.max_memory_allocated() - held >> 20} MiB" * cuda)
 
 
