@@ -31,7 +31,7 @@ ARCHITECTURES = {
 }
 ARCHITECTURES |= {f"{name}_reg4": dict(kind, registers=4) for name, kind in ARCHITECTURES.items()}
 ARCHITECTURES["toy"] = dict(width=128, depth=6, patch_size=8, pos_grid=14)  # no pretrained file: trained along, from scratch
-SMOOTHING = 1e-6  # a <- (a + 1e-6) / sum_k (a + 1e-6), before the losses and in the head
+SMOOTHING = 1e-6  # a <- (a + 1e-6) / sum_k (a + 1e-6): logs stay finite. Prompted layers smooth after pooling, the head before
 
 
 # ---------------------------------------------------------------- the vision transformer
@@ -207,7 +207,7 @@ def weights_file(url):
 
 
 def load_backbone(name_or_path, image_size=518):
-    """A VisionTransformer with its weights, in fp32 and eval mode.
+    """A VisionTransformer with its weights, in fp32 and eval mode. "toy" has none: a new one, for training.
 
     name_or_path: a name of ARCHITECTURES ("vitb14_reg4", also with a "dinov2_" before it), downloaded once into
     torch.hub's cache; or a file holding a state dict in those names, whose architecture is read off its shapes.
@@ -273,27 +273,26 @@ def _check_shapes(ours, theirs, what):
 
 # ---------------------------------------------------------------- the concept layer and the fusion
 
-def unit_patches(patches):
-    """Patches (..., D) at the one length sqrt(D), that of a vector of D standard normal numbers."""
-    return F.normalize(patches.float(), dim=-1) * patches.shape[-1] ** 0.5
-
-
 class ConceptLayer(nn.Module):
     """Concept region discovery and intra-region aggregation: K class-agnostic prototypes claim N patches."""
 
-    def __init__(self, K, width, N, bias_after_softmax, cosine, spatial_bias, regions):
+    def __init__(self, K, width, N, bias_after_softmax, scaled, spatial_bias, regions):
         super().__init__()
-        self.bias_after_softmax, self.cosine, self.regions = bias_after_softmax, cosine, regions
+        self.bias_after_softmax, self.scaled, self.regions = bias_after_softmax, scaled, regions
         self.prototypes = nn.Parameter(0.05 * torch.randn(K, width))
         self.bias = nn.Parameter(torch.zeros(K, N), requires_grad=spatial_bias)  # ablation --no-bias: it stays zero
 
-    def forward(self, patches, **options):
-        """patches (B, N, D) -> attention (B, K, N), pooled (B, K, D), mass (B, K)."""
-        prototypes = self.prototypes
-        if self.cosine:  # squared distances over sqrt(D), as in attention: soft shares; as they come, in hundreds, they are 0 or 1
-            scale = patches.shape[-1] ** -0.25
-            patches, prototypes = unit_patches(patches) * scale, prototypes * scale
-        attention, pooled, mass = prototype_attention(patches, prototypes, self.bias, self.bias_after_softmax, **options)
+    def prepared(self, patches):
+        """Patches (..., D) as the prototypes meet them: as they come, or all at the length sqrt(D) (--distance scaled)."""
+        return F.normalize(patches.float(), dim=-1) * patches.shape[-1] ** 0.5 if self.scaled else patches
+
+    def forward(self, patches, smoothing=0.0, detach_maps=False):
+        """patches (B, N, D) -> attention (B, K, N), pooled (B, K, D), mass (B, K), the summed attention of each region."""
+        patches, prototypes = self.prepared(patches), self.prototypes
+        if self.scaled:  # |e - q|^2 is in the hundreds, the shares 0 or 1; over sqrt(D), as in attention, they are soft
+            patches, prototypes = patches * patches.shape[-1] ** -0.25, prototypes * patches.shape[-1] ** -0.25
+        attention, pooled, mass = prototype_attention(patches, prototypes, self.bias, self.bias_after_softmax,
+                                                      smoothing=smoothing, detach_maps=detach_maps)
         if not self.regions:  # ablation --no-regions: global attention, every patch counts by its share of the concept
             mass = attention.sum(2)
             pooled = (attention / mass[..., None].clamp_min(1e-30)).to(patches.dtype) @ patches
@@ -319,7 +318,7 @@ class Fusion(nn.Module):
         # footnote: the released program samples Gumbel noise in evaluation too; here evaluation is deterministic
         groups = F.gumbel_softmax(logits, tau=1.0) if self.training else logits.softmax(-1)
         groups = torch.where(mass[..., None] > 0, groups, 1 / self.G)  # an empty region belongs to all alike
-        weights = groups.detach().transpose(1, 2)  # (B, G, K-1)
+        weights = groups.detach().transpose(1, 2)  # (B, G, K-1); sg: the grouping learns from the fused maps alone
         with torch.autocast(pooled.device.type, enabled=False):
             coarse = weights @ pooled.float() / weights.sum(-1, keepdim=True).clamp_min(1e-30)  # (B, G, D); 0 / 0 would be nan
         return self.head(self.norm(coarse)), groups
@@ -344,14 +343,20 @@ class IVPT(nn.Module):
     bias_after_softmax: a = max(softmax + bias, 0) as in the paper's text; False: softmax(logit + bias), as released.
     fusion_mlp: fusion head with an MLP (paper) or one Linear (released).
     tune: what of the backbone is trained: "none" (paper), "tokens" (cls, registers, positions; released), "all".
-    cosine: patches are brought to one length, and squared distances divided by sqrt(D) (ours, not the paper's).
+    scaled: patches are brought to the length sqrt(D), and squared distances divided by sqrt(D) (ours, not the paper's).
     spatial_bias, regions, cross_layer, fusion: False takes that idea away, for the ablation. Without cross-layer prototypes
         the last concept layer stands alone, and nothing is prompted.
     Raises ValueError where the prototypes do not fit the backbone. The backbone is used, not copied.
+
+    Who learns from what; every stop-gradient (sg) below is meant:
+        prototypes and biases of prompted layers   the six losses on maps: what they pool for the prompts is under sg
+        grouping                                   region consistency alone, through the fused maps; prompts use sg(S)
+        fusion norm and head                       classification and orthogonality, through the prompts
+        prototypes and bias of the last layer      all but region consistency, whose target they are
     """
 
     def __init__(self, backbone, num_classes, prototypes=(17, 14, 11, 8, 5), bias_after_softmax=True, fusion_mlp=True,
-                 tune="none", cosine=False, spatial_bias=True, regions=True, cross_layer=True, fusion=True):
+                 tune="none", scaled=False, spatial_bias=True, regions=True, cross_layer=True, fusion=True):
         super().__init__()
         prompted = len(prototypes) - 1
         if prompted < 1 or min(prototypes) < 2 or prompted > len(backbone.blocks):
@@ -369,7 +374,7 @@ class IVPT(nn.Module):
         for name, parameter in backbone.named_parameters():
             parameter.requires_grad = name != "mask_token" and (tune == "all" or (tune == "tokens" and name in tokens))
         self.tune = tune
-        self.concepts = nn.ModuleList(ConceptLayer(K, D, N, bias_after_softmax, cosine, spatial_bias, regions) for K in prototypes)
+        self.concepts = nn.ModuleList(ConceptLayer(K, D, N, bias_after_softmax, scaled, spatial_bias, regions) for K in prototypes)
         self.fusions = nn.ModuleList(Fusion(D, G if fusion else K - 1, fusion_mlp, fusion) for K in prototypes[:-1])
         self.norm = nn.LayerNorm((G + 1, D))
         self.classifier = nn.Linear(D, num_classes, bias=False)  # one for all concepts
@@ -383,7 +388,7 @@ class IVPT(nn.Module):
         """images (B, 3, H, W) of the backbone's image_size -> Output.
 
         backbone_graph=False keeps no graph of the backbone: gradients of the maps still reach every prototype and bias,
-        for the maps see the patches through a stop-gradient, at half the cost. The equivariance loss needs no more.
+        for the maps see the patches through a stop-gradient. The equivariance loss needs no more, and pays a plain forward.
         """
         h, w = self.grid
         if patch_grid(images.shape[2:], self.backbone.patch_size) != (h, w):
@@ -401,7 +406,7 @@ class IVPT(nn.Module):
             patches = self.backbone.norm(tokens[:, self.backbone.prefix:]).detach()  # e = LN(sg(x_l)), (B, N, D)
             a, pooled, mass = concept(patches)
             a = (a + SMOOTHING) / (a + SMOOTHING).sum(1, keepdim=True)  # (B, K, N)
-            prompts, S = fusion(pooled[:, :-1].detach(), mass[:, :-1].detach())
+            prompts, S = fusion(pooled[:, :-1].detach(), mass[:, :-1].detach())  # sg: a prompt does not move its own regions
             with torch.set_grad_enabled(graph):
                 tokens = block(tokens, prompts)
             attention.append(a.unflatten(2, (h, w)))
@@ -413,7 +418,7 @@ class IVPT(nn.Module):
 
         with torch.set_grad_enabled(graph):
             x = self.backbone.norm(tokens[:, self.backbone.prefix:])  # with gradient: what the classes are read from
-        a, pooled, _ = self.concepts[-1](x, smoothing=SMOOTHING, detach_maps=True)
+        a, pooled, _ = self.concepts[-1](x, smoothing=SMOOTHING, detach_maps=True)  # maps of sg(x), features of x
         attention.append(a.unflatten(2, (h, w)))
         features = self.norm(pooled)  # (B, G + 1, D), jointly over concepts and width
         concept_logits = self.classifier(features[:, :-1]).float()  # (B, G, C)
@@ -424,7 +429,7 @@ class IVPT(nn.Module):
 
 @torch.no_grad()
 def start_prototypes(model, dataset, seed, images=512, patches=100):
-    """Prototypes as centres of the frozen patches that they will meet: k-means in every concept layer (train.py --start kmeans).
+    """Prototypes as k-means centres of patches of the unprompted ViT, layer by layer (train.py --start kmeans).
 
     The first principal component of the patches tells birds from backgrounds; foreground is the end of it that keeps to
     the middle of the images, as in the paper's background loss. It is cut into K - 1 clusters; the mean of the rest is the
@@ -433,34 +438,32 @@ def start_prototypes(model, dataset, seed, images=512, patches=100):
     backbone, device = model.backbone, model.classifier.weight.device
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(dataset), generator=generator)[:images].tolist()
-    samples, radii = [[] for _ in model.concepts], []
+    samples, rims, free = [[] for _ in model.concepts], [], len(backbone.blocks) - len(model.fusions)
     y, x = (torch.linspace(-1, 1, side) for side in model.grid)
-    radius = (y[:, None] ** 2 + x ** 2).flatten()  # (N), as in background_presence
+    rim = (y[:, None] ** 2 + x ** 2).flatten()  # (N), squared distance from the middle, as in background_presence
     for batch, *_ in DataLoader(dataset, 16, sampler=chosen):
         tokens = backbone.embed(batch.to(device))
-        kept = torch.randperm(len(radius), generator=generator)[:patches]
-        radii.append(radius[kept].repeat(len(batch)))
-        for depth in range(len(backbone.blocks) + 1):
-            layer = depth - len(backbone.blocks) + len(model.concepts) - 1
-            if layer >= 0:
-                e = backbone.norm(tokens[:, backbone.prefix:])[:, kept]
-                samples[layer].append(unit_patches(e) if model.concepts[layer].cosine else e.float())
-            if depth < len(backbone.blocks):
-                tokens = backbone.blocks[depth](tokens)
-    radii = torch.cat(radii).to(device)
+        kept = torch.randperm(len(rim), generator=generator)[:patches]
+        rims.append(rim[kept].repeat(len(batch)))
+        for block in backbone.blocks[:free]:
+            tokens = block(tokens)
+        for sample, concept, block in zip(samples, model.concepts, [*backbone.blocks[free:], nn.Identity()]):
+            sample.append(concept.prepared(backbone.norm(tokens[:, backbone.prefix:])[:, kept]).float())
+            tokens = block(tokens)
+    rims = torch.cat(rims).to(device)
     for concept, sample in zip(model.concepts, samples):
         e = torch.cat(sample).flatten(0, 1)  # (n, D)
-        foreground = split(e, radii, generator)
+        foreground = foreground_of(e, rims, generator)
         centres = kmeans(e[foreground], len(concept.prototypes) - 1, generator)
         concept.prototypes.copy_(torch.cat([centres, e[~foreground].mean(0, keepdim=True)]))
 
 
-def split(e, radii, generator):
-    """Patches e (n, D), their squared distance from the middle (n) -> bool (n): the uppermost third, by 3-means, along
-    the first component. Of two parts the upper one would hold what lies between bird and background, too."""
+def foreground_of(e, rims, generator):
+    """Patches e (n, D), their squared distance from the middle (n) -> bool (n): the upmost of three clusters along the
+    first principal component. Of two, the upper one would hold what lies between bird and background, too."""
     centred = e - e.mean(0)
     component = centred @ torch.linalg.eigh(centred.T @ centred)[1][:, -1:]  # (n, 1); eigenvalues ascend
-    component = component * -torch.sign((component[:, 0] * (radii - radii.mean())).sum())
+    component = component * -torch.sign((component[:, 0] * (rims - rims.mean())).sum())  # its sign is arbitrary: high is the middle
     low, middle, high = kmeans(component, 3, generator).flatten().sort().values
     return component[:, 0] > (middle + high) / 2
 
@@ -489,9 +492,10 @@ def kmeans(e, K, generator, restarts=5, iterations=30):
 def build(options, num_classes, backbone=None):
     """The model that a run's options describe (train.Options as a dict); backbone: one already loaded."""
     backbone = backbone or load_backbone(options["weights"], options["image_size"])
-    kept = (not options[f"no_{idea}"] for idea in ("bias", "regions", "cross_layer", "fusion"))
-    return IVPT(backbone, num_classes, tuple(options["prototypes"]), options["bias"] == "after", options["fusion"] == "mlp",
-                options["tune"], options["distance"] == "cosine", *kept)
+    return IVPT(backbone, num_classes, tuple(options["prototypes"]), bias_after_softmax=options["bias"] == "after",
+                fusion_mlp=options["fusion"] == "mlp", tune=options["tune"], scaled=options["distance"] == "scaled",
+                spatial_bias=not options["no_bias"], regions=not options["no_regions"],
+                cross_layer=not options["no_cross_layer"], fusion=not options["no_fusion"])
 
 
 def trained_state(model):

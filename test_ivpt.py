@@ -1896,9 +1896,9 @@ def test_without_fusion_every_fine_concept_is_a_prompt(monkeypatch):
     assert [p.shape[1] for p in seen if p is not None] == [K - 1 for K in PROTOTYPES[:-1]]
 
 
-# ---------------------------------------------------------------- the tuned recipe: where prototypes start, and the cosine
+# ---------------------------------------------------------------- the tuned recipe: where prototypes start, and the scaled distance
 
-def test_the_cosine_layer_divides_squared_distances_of_unit_patches_by_sqrt_d():
+def test_the_scaled_layer_divides_squared_distances_of_unit_patches_by_sqrt_d():
     layer, patches = ivpt.ConceptLayer(3, 64, 9, True, True, True, True), torch.randn(2, 9, 64) * 30
     e = patches / patches.square().mean(-1, keepdim=True).sqrt()
     logits = -(e[:, None] - layer.prototypes[:, None]).square().sum(-1) / 8
@@ -1914,12 +1914,12 @@ def test_kmeans_finds_planted_clusters():
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_split_calls_the_middle_of_the_images_foreground(sign):
+def test_foreground_is_the_middle_of_the_images_foreground(sign):
     generator = torch.Generator().manual_seed(0)
     radii = torch.rand(400, generator=generator) * 2
     bird = radii < 0.6
     e = torch.randn(400, 8, generator=generator) + sign * 8 * bird[:, None] * torch.eye(8)[2]
-    assert torch.equal(ivpt.split(e, radii, generator), bird)
+    assert torch.equal(ivpt.foreground_of(e, radii, generator), bird)
 
 
 def test_prototypes_start_in_the_patches_they_will_meet(bird_root, tmp_path):

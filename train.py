@@ -43,13 +43,11 @@ import evaluate
 import model as ivpt
 
 # ---------------------------------------------------------------- options
-# Where the paper's text and the authors' program differ; each has a flag of its own too.
-RECIPES = {
-    "paper": dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5),
-    "released": dict(bias="inside", fusion="linear", tune="tokens", lr_bias=2e-4),
-    "tuned": dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5, start="kmeans", distance="cosine"),
-}
-COMMON = dict(start="noise", distance="euclidean")  # where a recipe is silent
+# What a recipe decides; every name is a flag, too. Footnote: the paper's rate of the bias is 2e-4. There a bias after the
+# softmax outgrows the shares, and the regions stand still.
+RECIPES = {"paper": dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5, start="noise", distance="euclidean")}
+RECIPES["released"] = RECIPES["paper"] | dict(bias="inside", fusion="linear", tune="tokens", lr_bias=2e-4)
+RECIPES["tuned"] = RECIPES["paper"] | dict(start="kmeans", distance="scaled")  # ours
 # What a data set wants where the command line is silent.
 PRESETS = {
     "toy": dict(weights="toy", image_size=112, epochs=16),
@@ -63,29 +61,31 @@ def option(default, text, **more):
 
 @dataclass
 class Options:
-    data: str = option("toy", "toy (drawn birds) or cub (CUB-200-2011)")
+    data: str = option("toy", "toy (drawn birds) or cub (CUB-200-2011)", choices=["toy", "cub"])
     data_root: str = option(None, "folder that holds the data set, or where to put it")
     out: str = option(None, "run folder (runs/DATA)")
     weights: str = option(None, "backbone: vits14, vitb14, vitl14, vitg14, each also with _reg4, or a state dict's file")
     image_size: int = option(None, "side of the square input in pixels, divisible by the patch")
-    recipe: str = option("paper", "the paper's text, the authors' released program, or ours", choices=list(RECIPES))
-    bias: str = option(None, "spatial bias after or inside the softmax (by recipe)", choices=["after", "inside"])
-    fusion: str = option(None, "fusion head (by recipe)", choices=["mlp", "linear"])
-    tune: str = option(None, "what of the backbone is trained (by recipe)", choices=["none", "tokens", "all"])
-    start: str = option(None, "prototypes start as noise, or as k-means centres of frozen patches (by recipe)", choices=["noise", "kmeans"])
-    distance: str = option(None, "between patch and prototype: as they come, or patches of one length (by recipe)",
-                           choices=["euclidean", "cosine"])
+    recipe: str = option("paper", "paper: its text; released: the authors' program; tuned: ours, where regions should follow the bird",
+                         choices=list(RECIPES))
+    bias: str = option(None, "learnable spatial bias, after the softmax (paper) or inside it (released)", choices=["after", "inside"])
+    fusion: str = option(None, "fusion head: MLP (paper) or one Linear (released)", choices=["mlp", "linear"])
+    tune: str = option(None, "of the backbone: none (paper), tokens (released: cls, registers, positions), all (one that is not pretrained)", choices=["none", "tokens", "all"])
+    start: str = option(None, "prototypes start as noise (paper), or as k-means centres of the frozen patches (tuned)",
+                        choices=["noise", "kmeans"])
+    distance: str = option(None, "euclidean (paper), or scaled: patches at length sqrt(D), squared distance over sqrt(D), soft shares (tuned)",
+                           choices=["euclidean", "scaled"])
     no_bias: bool = option(False, "ablation: no spatial bias", action="store_true")
     no_regions: bool = option(False, "ablation: global attention pools, not the regions", action="store_true")
     no_cross_layer: bool = option(False, "ablation: concepts at the output alone, no prompts", action="store_true")
     no_fusion: bool = option(False, "ablation: every fine concept prompts by itself", action="store_true")
     prototypes: tuple = option((17, 14, 11, 8, 5), "prototypes per concept layer, the background counted", nargs="+", type=int)
-    epochs: int = option(None, "passes over the training images (25; 16 for toy)")
+    epochs: int = option(None, "passes over the training images; the rates halve every four (25; 16 for toy)")
     batch_size: int = option(16, "images in one optimiser step, over all processes and accumulated parts")
-    accumulate: int = option(1, "parts each batch is computed in, to save memory")
+    accumulate: int = option(1, "parts each batch is computed in; raise it when memory runs out")
     lr: float = option(1e-2, "learning rate of class head, grouping, fusion and head LayerNorm, at batch 16")
     lr_prototypes: float = option(2e-4, "learning rate of prototypes and tuned tokens, at batch 16")
-    lr_bias: float = option(None, "learning rate of the spatial biases: how strongly they may act (by recipe)")
+    lr_bias: float = option(None, "learning rate of the spatial biases (by recipe); if it is high, regions stop following the bird: see the spread")
     lr_backbone: float = option(5e-4, "learning rate of the backbone where --tune all trains it")
     seed: int = option(42, "seeds weights, order, augmentation and noise")
     amp: bool = option(None, "bf16 autocast (default: where the device has bf16)", action=argparse.BooleanOptionalAction)
@@ -102,13 +102,13 @@ def parse(argv=None):
 
     The toy ViT has no pretrained file and so learns along: --tune all, whatever the recipe. Raises ValueError.
     """
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     for f in fields(Options):
         kind = {} if "action" in f.metadata or "nargs" in f.metadata else dict(type=f.type)
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind, **f.metadata)
+        text = f.metadata["help"] + ("" if f.default in (None, False) else f" (default {f.default})")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind, **dict(f.metadata, help=text))
     o = Options(**vars(parser.parse_args(argv)))
-    defaults = dict(COMMON | RECIPES[o.recipe], **PRESETS.get(o.data, PRESETS["cub"]), out=f"runs/{o.data}")
+    defaults = dict(RECIPES[o.recipe], **PRESETS[o.data], out=f"runs/{o.data}")
     if (o.weights or defaults["weights"]) == "toy":
         defaults["tune"] = "all"
     for name, value in defaults.items():
@@ -209,7 +209,7 @@ class Objective(nn.Module):
 
     def forward(self, images, labels, theta):
         """images (B, 3, S, S), labels (B), theta (2, 3) -> {name: the eight losses and "loss", their sum}, number right."""
-        # The affine view first: only its maps are needed, and what it borrows is given back before the graph is kept.
+        # The view first: it keeps no graph of the backbone, so its memory is free again when the image's graph is built.
         back = [data.unwarp(A, theta) for A in self.model(data.warp(images, theta), backbone_graph=False).attention]
         out = self.model(images)
         maps, L = out.attention, len(out.attention)
@@ -408,9 +408,9 @@ def train(o):
             batches = epoch_batches(dataset, o, epoch, rank, world)[done:]  # (steps to do, accumulate, images)
             loader = iter(DataLoader(dataset, batches.shape[2], sampler=batches.flatten().tolist(), num_workers=o.workers,
                                      pin_memory=device.type == "cuda", worker_init_fn=heed_parent_alone,
-                                     generator=torch.Generator()))  # its own, or a resumed epoch would draw other noise
+                                     generator=torch.Generator()))  # its own: a loader would draw its seed from the noise's
             for step in range(done, steps):
-                measured = []
+                means = 0  # over the parts: the losses and the accuracy, still on the device
                 optimizer.zero_grad(set_to_none=True)
                 for part in range(o.accumulate):
                     images, labels, _, index = next(loader)
@@ -421,17 +421,16 @@ def train(o):
                         with torch.autocast(device.type, torch.bfloat16, enabled=o.amp):
                             losses, correct = step_module(images, labels, theta)
                         (losses["loss"] / o.accumulate).backward()
-                    measured += [*losses.values(), 100 * correct / len(labels)]
+                    means = means + torch.stack([*losses.values(), 100 * correct / len(labels)]).detach() / o.accumulate
                 norm = nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), 2.0)
-                *measured, norm = torch.stack([*measured, norm]).tolist()  # the only wait for the device in a step
-                names = [*losses, "train_accuracy"]
-                values = {name: sum(v / o.accumulate for v in measured[i::len(names)]) for i, name in enumerate(names)}
+                *means, norm = torch.cat([means, norm[None]]).tolist()  # the only wait for the device in a step
+                values = dict(zip([*losses, "train_accuracy"], means))
                 bad, stopped = any_rank((not math.isfinite(norm + values["loss"]), stop), device, world)
                 if bad:
                     bad_in_a_row += 1
-                    images = " ".join(dataset.files[i].name for i in batches[step - done].flatten())
+                    names = " ".join(dataset.files[i].name for i in batches[step - done].flatten())
                     tqdm.write(f"epoch {epoch} step {step}: loss {values['loss']}, gradient norm {norm}: no step taken; "
-                               f"images {images}", file=sys.stderr)
+                               f"images {names}", file=sys.stderr)
                 else:
                     bad_in_a_row = 0
                     optimizer.step()
@@ -455,10 +454,11 @@ def train(o):
             scheduler.step()
             done, sums = 0, {}
             save_run(epoch + 1, 0, sums)
+    # Everything is saved: from here on a signal ends the program, as does one that came with the last step.
     for number, handler in handlers.items():
-        signal.signal(number, handler)  # everything is saved: from here on a signal ends the program,
+        signal.signal(number, handler)
     for number in stop:
-        signal.raise_signal(number)  # as does one that came with the last step
+        signal.raise_signal(number)
 
     recipe = {name: getattr(o, name) for name in evaluate.METHOD}
     metrics = evaluate.evaluate(model.eval(), folder, o.image_size, workers=o.workers, amp=o.amp, seed=o.seed, recipe=recipe)
