@@ -460,12 +460,13 @@ def start_prototypes(model, dataset, seed, images=512, patches=100):
 
 def foreground_of(e, rims, generator):
     """Patches e (n, D), their squared distance from the middle (n) -> bool (n): the upmost of three clusters along the
-    first principal component. Of two, the upper one would hold what lies between bird and background, too."""
+    first principal component. Of two, the upper one would hold what lies between bird and background, too. Nothing outside
+    the inscribed circle is foreground: some ViTs keep a feature of its own in the four corners, which is no bird's."""
     centred = e - e.mean(0)
     component = centred @ torch.linalg.eigh(centred.T @ centred)[1][:, -1:]  # (n, 1); eigenvalues ascend
     component = component * -torch.sign((component[:, 0] * (rims - rims.mean())).sum())  # its sign is arbitrary: high is the middle
     low, middle, high = kmeans(component, 3, generator).flatten().sort().values
-    return component[:, 0] > (middle + high) / 2
+    return (component[:, 0] > (middle + high) / 2) & (rims <= 1)
 
 
 def kmeans(e, K, generator, restarts=5, iterations=30):
