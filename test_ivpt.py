@@ -1936,8 +1936,8 @@ def test_prototypes_start_in_the_patches_they_will_meet(bird_root, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*starts))
     assert all((q.norm(dim=1) <= 128 ** 0.5 + 1e-3).all() for q in starts[0])  # means of vectors of that length
     images = torch.stack([dataset[i][0] for i in range(40)])
-    won = model.eval()(images).attention[0].argmax(1).unique()  # before any prompt the patches are the frozen ones
-    assert len(won) == 17
+    won = model.eval()(images).attention[0].argmax(1).flatten().bincount(minlength=17)  # before any prompt: the frozen patches
+    assert (won[:-1] > 0).sum() >= 14 and won[-1] > won.sum() / 2  # nearly all of 16 concepts, and yet more background
 
 
 def test_learning_rates_follow_the_batch_and_halve_every_four_epochs(bird_root, tmp_path):
