@@ -156,7 +156,7 @@ def fetch(url, part):
         total = have + int(reply.headers.get("Content-Length") or 0)
         need_space(part.parent, total - have)
         with open(part, "ab" if have else "wb") as file, tqdm(
-                desc=part.stem, total=total or None, initial=have, unit="B", unit_scale=True, leave=False) as bar:
+                desc=part.stem, total=total or None, initial=have, unit="B", unit_scale=True, leave=False, disable=None) as bar:
             while block := reply.read(1 << 18):
                 bar.update(file.write(block))
     if part.stat().st_size < total:
@@ -549,11 +549,17 @@ def warp(images, theta):
     return unwarp(images, torch.cat((linear, -linear @ theta[:, 2:].double()), 1))
 
 
+def refuse(message):
+    """In place of argparse's error(): one line, without the usage."""
+    raise ValueError(f"{message}; --help lists the options")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="toy", help="toy or cub")
     parser.add_argument("--data-root", help="where it lies, or shall lie (default ~/.cache/ivpt)")
     parser.add_argument("--sheet", metavar="FILE", help="write a picture: three test images of each of ten classes")
+    parser.error = refuse
     args = parser.parse_args()
     folder = find(args.data, args.data_root)
     train, test = (CUB(folder, split, "test", 128) for split in ("train", "test"))

@@ -79,7 +79,7 @@ def consistency(hits, visible, labels):
     """Percent of (class, prototype) pairs that keep to one part (Huang et al. 2023): in at least 80 % of the class's
     images that show the part it is hit. hits (n, K, M), visible (n, M), labels (n,). Classes without images do not
     count; a part never visible is never kept to."""
-    hit, _ = per_class(hits & visible.bool()[:, None], labels)                                              # (C, K, M)
+    hit, _ = per_class(hits.bool() & visible.bool()[:, None], labels)                                              # (C, K, M)
     seen, _ = per_class(visible.bool(), labels)                                                             # (C, M)
     share = hit / seen[:, None].clamp(min=1)                                # 4 / 5 rounds as 0.8 does: >= is exact
     return 100 * (share >= THRESHOLD).any(2).double().mean().item()
@@ -228,7 +228,7 @@ def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, see
     if progress and not parts:
         print("warning:", NO_PARTS, file=sys.stderr)
     mine = Subset(views, range(n * rank // world, n * (rank + 1) // world))  # every image counted once
-    for batch in tqdm(DataLoader(mine, batch_size, num_workers=workers), split, disable=not progress, leave=False):
+    for batch in tqdm(DataLoader(mine, batch_size, num_workers=workers), split, disable=None if progress else True, leave=False):
         began = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             outputs = [model(batch[view].to(device)) for view in ("image", "clean", "noisy")]
@@ -562,7 +562,7 @@ def run(o):
                          "name its data by --data and --data-root")
     gallery = Gallery(model, len(dataset)) if out else None
     amp, seed = (trained[key] if vars(o)[key] is None else vars(o)[key] for key in ("amp", "seed"))
-    recipe = {key: trained[key] for key in METHOD}
+    recipe = {key: trained.get(key) for key in METHOD}
     metrics = evaluate(model, folder, size, o.batch_size, o.workers, amp, seed, recipe=recipe, gallery=gallery)
     print(f"\n{table(metrics)}")
     (home / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
@@ -584,7 +584,7 @@ def main(argv=None):
     p.add_argument("--workers", type=int, default=0, help="processes that read images; changes no number")
     p.add_argument("--seed", type=int, help="of the noise and of the random-location control; default: as in training")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast; default: as in training")
-    code = 2
+    p.error, code = data.refuse, 2
     try:
         return run(p.parse_args(argv))
     except torch.OutOfMemoryError as error:

@@ -37,6 +37,11 @@ SMOOTHING = 1e-6  # a <- (a + 1e-6) / sum_k (a + 1e-6): logs stay finite. Prompt
 # ---------------------------------------------------------------- the vision transformer
 # Attribute names are those of Meta's released state dicts, so that load_state_dict(strict=True) holds.
 
+def wide(x):
+    """At least fp32: what is summed, compared or put into an exponent must not be rounded to 16 bits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Attention(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -172,7 +177,7 @@ class VisionTransformer(nn.Module):
             grid = F.interpolate(grid, size=(h, w), mode="bicubic", antialias=True)
         else:  # Meta's models without registers scale by (h + 0.1) / side, which shifts the sampling points a little
             grid = F.interpolate(grid, scale_factor=((h + 0.1) / side, (w + 0.1) / side), mode="bicubic")
-        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2).to(self.pos_embed)], dim=1)
 
     def embed(self, images):
         """images (B, 3, H, W) -> tokens (B, prefix + N, D): cls, registers (which have no position), patches."""
@@ -206,11 +211,12 @@ def weights_file(url):
     return Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
 
 
-def load_backbone(name_or_path, image_size=518):
+def load_backbone(name_or_path, image_size=None):
     """A VisionTransformer with its weights, in fp32 and eval mode. "toy" has none: a new one, for training.
 
     name_or_path: a name of ARCHITECTURES ("vitb14_reg4", also with a "dinov2_" before it), downloaded once into
     torch.hub's cache; or a file holding a state dict in those names, whose architecture is read off its shapes.
+    image_size: pixels a side, or (height, width); default: that of the position embedding, 518 for DINOv2.
     Raises ValueError or FileNotFoundError, one line, where the file is missing, is no such state dict or does not fit.
     """
     if str(name_or_path) == "toy":
@@ -219,7 +225,8 @@ def load_backbone(name_or_path, image_size=518):
         if not Path(name_or_path).is_file():
             raise FileNotFoundError(f"--weights {name_or_path}: no such file, and not one of {', '.join(ARCHITECTURES)}")
         return _from_state_dict(read_torch_file(name_or_path, "--weights"), name_or_path, image_size)
-    patch_grid(image_size, 14)  # a wrong size is said before 350 MB are fetched
+    if image_size:
+        patch_grid(image_size, 14)  # a wrong size is said before 350 MB are fetched
     file = weights_file(url)
     if not file.is_file():
         try:
@@ -245,11 +252,14 @@ def read_torch_file(path, what):
 def _architecture(state, path):
     """Everything about a DINOv2-style ViT can be read off its state dict."""
     try:
+        state.keys()
         D, _, patch, _ = state["patch_embed.proj.weight"].shape
         positions = state["pos_embed"].shape[1] - 1
         registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
         depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
         swiglu = state["blocks.0.mlp.w3.weight"].shape[1] if "blocks.0.mlp.w3.weight" in state else 0
+        if min(patch, positions) < 1:
+            raise ValueError("no patches or no positions")
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise ValueError(f"weights {path}: not a ViT state dict in DINOv2's names ({type(error).__name__}: {error})") from None
     return dict(width=D, depth=depth, patch_size=patch, pos_grid=round(positions ** 0.5), registers=registers, swiglu=swiglu)
@@ -284,7 +294,7 @@ class ConceptLayer(nn.Module):
 
     def prepared(self, patches):
         """Patches (..., D) as the prototypes meet them: as they come, or all at the length sqrt(D) (--distance scaled)."""
-        return F.normalize(patches.float(), dim=-1) * patches.shape[-1] ** 0.5 if self.scaled else patches
+        return F.normalize(wide(patches), dim=-1) * patches.shape[-1] ** 0.5 if self.scaled else patches
 
     def forward(self, patches, smoothing=0.0, detach_maps=False):
         """patches (B, N, D) -> attention (B, K, N), pooled (B, K, D), mass (B, K), the summed attention of each region."""
@@ -314,13 +324,13 @@ class Fusion(nn.Module):
         """pooled (B, K-1, D), mass (B, K-1), no gradient -> prompts (B, G, D), groups (B, K-1, G) with rows of sum 1."""
         if self.grouping is None:  # ablation --no-fusion: every fine concept prompts by itself
             return self.head(self.norm(pooled)), None
-        logits = self.grouping(pooled).float()  # (B, K-1, G)
+        logits = wide(self.grouping(pooled))  # (B, K-1, G)
         # footnote: the released program samples Gumbel noise in evaluation too; here evaluation is deterministic
         groups = F.gumbel_softmax(logits, tau=1.0) if self.training else logits.softmax(-1)
         groups = torch.where(mass[..., None] > 0, groups, 1 / self.G)  # an empty region belongs to all alike
         weights = groups.detach().transpose(1, 2)  # (B, G, K-1); sg: the grouping learns from the fused maps alone
         with torch.autocast(pooled.device.type, enabled=False):
-            coarse = weights @ pooled.float() / weights.sum(-1, keepdim=True).clamp_min(1e-30)  # (B, G, D); 0 / 0 would be nan
+            coarse = weights @ wide(pooled) / weights.sum(-1, keepdim=True).clamp_min(1e-30)  # (B, G, D); 0 / 0 would be nan
         return self.head(self.norm(coarse)), groups
 
 
@@ -421,7 +431,7 @@ class IVPT(nn.Module):
         a, pooled, _ = self.concepts[-1](x, smoothing=SMOOTHING, detach_maps=True)  # maps of sg(x), features of x
         attention.append(a.unflatten(2, (h, w)))
         features = self.norm(pooled)  # (B, G + 1, D), jointly over concepts and width
-        concept_logits = self.classifier(features[:, :-1]).float()  # (B, G, C)
+        concept_logits = wide(self.classifier(features[:, :-1]))  # (B, G, C)
         return Output(concept_logits.mean(1), concept_logits, attention, groups, fused, features)
 
 
@@ -454,6 +464,9 @@ def start_prototypes(model, dataset, seed, images=512, patches=100):
     for concept, sample in zip(model.concepts, samples):
         e = torch.cat(sample).flatten(0, 1)  # (n, D)
         foreground = foreground_of(e, rims, generator)
+        if foreground.sum() < len(concept.prototypes):
+            raise ValueError(f"--start kmeans: {foreground.sum()} foreground patches in {len(chosen)} training images, expected many "
+                             f"more than the {len(concept.prototypes) - 1} concepts; give more images, or take --start noise")
         centres = kmeans(e[foreground], len(concept.prototypes) - 1, generator)
         concept.prototypes.copy_(torch.cat([centres, e[~foreground].mean(0, keepdim=True)]))
 
@@ -475,6 +488,7 @@ def kmeans(e, K, generator, restarts=5, iterations=30):
     for _ in range(restarts):
         centres, nearest = e[:0], e.new_full((len(e),), 1.0)
         for _ in range(K):
+            nearest = nearest + (nearest.sum() == 0)  # fewer different patches than centres: any will do
             pick = torch.multinomial(nearest.cpu(), 1, generator=generator).to(e.device)
             centres = torch.cat([centres, e[pick]])
             nearest = torch.cdist(e, centres).amin(1).square()
@@ -494,7 +508,7 @@ def build(options, num_classes, backbone=None):
     """The model that a run's options describe (train.Options as a dict); backbone: one already loaded."""
     backbone = backbone or load_backbone(options["weights"], options["image_size"])
     return IVPT(backbone, num_classes, tuple(options["prototypes"]), bias_after_softmax=options["bias"] == "after",
-                fusion_mlp=options["fusion"] == "mlp", tune=options["tune"], scaled=options["distance"] == "scaled",
+                fusion_mlp=options["fusion"] == "mlp", tune=options["tune"], scaled=dict(euclidean=False, scaled=True)[options["distance"]],
                 spatial_bias=not options["no_bias"], regions=not options["no_regions"],
                 cross_layer=not options["no_cross_layer"], fusion=not options["no_fusion"])
 
@@ -516,7 +530,8 @@ def fingerprint(model):
 def read_checkpoint(path):
     """A run's last.pt -> its dict. Raises ValueError or OSError, one line, for a file that is damaged or not ours."""
     checkpoint = read_torch_file(path, "checkpoint")
-    if not isinstance(checkpoint, dict) or not {"options", "classes", "model", "fingerprint"} <= checkpoint.keys():
+    kinds = dict(options=dict, classes=list, model=dict, fingerprint=str)
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(key), kind) for key, kind in kinds.items()):
         raise ValueError(f"checkpoint {path}: not written by train.py; expected a run's last.pt")
     return checkpoint
 
@@ -529,7 +544,11 @@ def load_checkpoint(path, weights=None):
     """
     checkpoint = read_checkpoint(path)
     options = dict(checkpoint["options"], **({"weights": weights} if weights else {}))
-    model = build(options, len(checkpoint["classes"]))
+    try:
+        model = build(options, len(checkpoint["classes"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint {path}: its options do not tell {error}; written by another version of this program, "
+                         "train again") from None
     restore(model, checkpoint, path)
     return model.eval(), checkpoint
 

@@ -1859,6 +1859,35 @@ def test_every_family_of_backbones_trains_one_step(family):
     assert not any(p.requires_grad for p in model.backbone.parameters())
 
 
+def test_recipes_presets_and_defaults_are_those_of_the_readme():
+    for recipe, (after, mlp, tune, scaled, rate) in {"paper": (True, True, "none", False, 2e-5), "tuned": (True, True, "none", True, 2e-5),
+                                                     "released": (False, False, "tokens", False, 2e-4)}.items():
+        o = train.parse(["--data", "cub", "--recipe", recipe])
+        assert (o.weights, o.image_size, o.epochs, o.batch_size, o.prototypes) == ("vitb14_reg4", 518, 25, 16, (17, 14, 11, 8, 5))
+        assert (o.lr, o.lr_prototypes, o.lr_bias, o.start) == (1e-2, 2e-4, rate, "kmeans" if scaled else "noise")
+        model = ivpt.build(asdict(o), 10, tiny_backbone())
+        assert all(c.bias_after_softmax == after and c.scaled == scaled and c.regions for c in model.concepts)
+        assert isinstance(model.fusions[0].head, nn.Sequential) == mlp and model.tune == tune
+    model = ivpt.IVPT(tiny_backbone(), 10)
+    assert model.prototypes == (17, 14, 11, 8, 5) and model.concepts[0].bias_after_softmax and model.tune == "none"
+    assert model.concepts[0].prototypes.std().item() == pytest.approx(0.05, rel=0.15) and not model.concepts[0].bias.any()
+    for weight in (model.classifier.weight, model.fusions[0].grouping.weight, model.fusions[0].head[0].weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert not any(c.regions for c in ivpt.IVPT(tiny_backbone(), 10, regions=False).concepts)
+
+
+def test_training_augments_anew_halves_its_rates_and_starts_where_the_recipe_says(bird_root, tmp_path, monkeypatch):
+    epochs, started, view, start = set(), [], data.CUB._train_view, ivpt.start_prototypes
+    monkeypatch.setattr(data.CUB, "_train_view", lambda self, *a: epochs.add(self.epoch) or view(self, *a))
+    monkeypatch.setattr(ivpt, "start_prototypes", lambda *a, **k: started.append(a) or start(*a, **k))
+    train.train(options(bird_root, tmp_path, "--recipe", "tuned", "--epochs", 5, "--batch-size", 80, "--workers", 0))
+    scale = 5 ** 0.5
+    assert [line["lr"] for line in log_of(tmp_path)] == pytest.approx([1e-2 * scale] * 4 + [5e-3 * scale])
+    assert epochs == set(range(5)) and len(started) == 1
+    optimizer, _ = train.make_optimizer(started[0][0], options(bird_root, tmp_path))
+    assert optimizer.defaults["weight_decay"] == 0 and optimizer.defaults["betas"] == (0.9, 0.999)
+
+
 ABLATION = {"no_bias": dict(spatial_bias=False), "no_regions": dict(regions=False), "no_cross_layer": dict(cross_layer=False),
             "no_fusion": dict(fusion=False)}
 
@@ -1903,6 +1932,18 @@ def test_the_scaled_layer_divides_squared_distances_of_unit_patches_by_sqrt_d():
     e = patches / patches.square().mean(-1, keepdim=True).sqrt()
     logits = -(e[:, None] - layer.prototypes[:, None]).square().sum(-1) / 8
     torch.testing.assert_close(layer(patches)[0], logits.softmax(1))
+
+
+def test_kmeans_of_fewer_patches_than_centres():
+    centres = ivpt.kmeans(torch.eye(5), 16, torch.Generator().manual_seed(0))
+    assert centres.shape == (16, 5) and torch.cdist(torch.eye(5), centres).amin(1).max() < 1e-3  # each patch has its own
+
+
+def test_a_start_without_foreground_is_one_line(bird_root, tmp_path, monkeypatch):
+    o = options(bird_root, tmp_path, "--recipe", "tuned")
+    monkeypatch.setattr(ivpt, "foreground_of", lambda e, rims, generator: rims < 0)
+    with pytest.raises(ValueError, match="0 foreground patches in 4 training images.*--start noise"):
+        ivpt.start_prototypes(ivpt.build(asdict(o), 10), [(torch.zeros(3, 56, 56), 0)] * 4, seed=0)
 
 
 def test_kmeans_finds_planted_clusters():
@@ -2049,8 +2090,7 @@ def test_a_corrupt_image_and_a_folder_that_cannot_be_written_are_named(bird_root
     broken.write_bytes(broken.read_bytes()[:700])
     more = [*FEW_BIRDS, "--data-root", tmp_path / "birds", "--workers", "1"]
     result = ivpt_command("train.py", *more, "--out", tmp_path / "run")
-    lines = [line for line in result.stderr.replace("\r", "\n").splitlines() if "step" not in line and line.strip()]
-    assert result.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and str(broken) in lines[0], result.stderr
+    one_line_error(result, str(broken))
     (tmp_path / "file").write_text("")
     one_line_error(ivpt_command("train.py", *more, "--out", tmp_path / "file" / "run"), "--out", "cannot write")
 
@@ -2071,10 +2111,18 @@ def test_exit_codes_reach_the_shell(monkeypatch, capsys):
         assert end.value.code == 2 and says in capsys.readouterr().err
 
 
-def test_unknown_options_exit_with_2():
+@pytest.mark.parametrize("script, arguments", [
+    ("train.py", ["--prototype", "3"]), ("train.py", ["--recipe", "best"]), ("train.py", ["--prototypes"]), ("train.py", ["--epochs", "x"]),
+    ("evaluate.py", ["--ckpt", "a", "--foo"]), ("evaluate.py", []), ("data.py", ["--foo"])])
+def test_unknown_options_are_one_line(script, arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(SystemExit) as end:
-        train.parse(["--prototype", "3"])
-    assert end.value.code == 2
+        try:
+            dict(zip(("train.py", "evaluate.py", "data.py"), (train, evaluate, data)))[script].main()
+        except ValueError as error:  # data.py prints it below its main()
+            raise SystemExit(2) from print("error:", error, file=sys.stderr)
+    error = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and error.startswith("error: ") and "\n" not in error and "--help" in error
 
 
 # ---------------------------------------------------------------- real birds, a real pretrained ViT (skipped where absent)
@@ -2636,7 +2684,7 @@ def test_evaluate_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
     def fails(*arguments):
         with pytest.raises(SystemExit) as stop:
             evaluate.main([str(argument) for argument in arguments])
-        error = capsys.readouterr().err.split("\r")[-1]                     # the progress bar ends each of its lines so
+        error = capsys.readouterr().err
         assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
         return error
     folder = evaluate_folder(tmp_path / "data" / "CUB_200_2011", EVALUATE_SPOTS, EVALUATE_LABELS)

@@ -24,6 +24,7 @@ import re
 import resource
 import signal
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -107,6 +108,7 @@ def parse(argv=None):
         kind = {} if "action" in f.metadata or "nargs" in f.metadata else dict(type=f.type)
         text = f.metadata["help"] + ("" if f.default in (None, False) else f" (default {f.default})")
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind, **dict(f.metadata, help=text))
+    parser.error = data.refuse
     o = Options(**vars(parser.parse_args(argv)))
     defaults = dict(RECIPES[o.recipe], **PRESETS[o.data], out=f"runs/{o.data}")
     if (o.weights or defaults["weights"]) == "toy":
@@ -185,7 +187,7 @@ def background_presence(A):
 
 def entropy(A):
     """Mean over patches of -sum_k A log A: every patch has one owner."""
-    return -(A * A.log()).sum(1).mean()
+    return torch.special.entr(A).sum(1).mean()  # 0 log 0 is 0
 
 
 def equivariance(A, back):
@@ -195,7 +197,7 @@ def equivariance(A, back):
 
 def orthogonality(features):
     """Mean of (Z Z^T - I)^2, Z the row-normalised features of all K final concepts (B, K, D)."""
-    Z = F.normalize(features.float(), dim=2)
+    Z = F.normalize(ivpt.wide(features), dim=2)
     with torch.autocast(Z.device.type, enabled=False):
         return (Z @ Z.transpose(1, 2) - torch.eye(Z.shape[1], device=Z.device)).square().mean()
 
@@ -324,7 +326,7 @@ def check_run_folder(o):
         raise ValueError(f"--out {o.out}: holds a run already; go on with --resume, replace it with --overwrite, or name another")
     try:
         last.parent.mkdir(parents=True, exist_ok=True)
-        last.with_name("config.json").open("a").close()
+        tempfile.TemporaryFile(dir=last.parent).close()
     except OSError as error:
         raise OSError(f"--out {o.out}: cannot write there ({error.strerror}); name another folder") from None
     return last
@@ -401,7 +403,7 @@ def train(o):
 
     stop, bad_in_a_row, steps = [], 0, len(dataset) // o.batch_size
     handlers = {number: signal.signal(number, lambda n, frame: stop.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
-    with tqdm(total=steps * o.epochs, initial=steps * start + done, disable=not chief, unit="step") as progress:
+    with tqdm(total=steps * o.epochs, initial=steps * start + done, disable=None if chief else True, unit="step") as progress:
         for epoch in range(start, o.epochs):
             model.train()
             dataset.epoch, began = epoch, time.time()
