@@ -28,7 +28,7 @@ import data
 import model as ivpt
 
 FRAME, HALF_SIZE, THRESHOLD = 224, 36, 0.8  # side of the metrics' frame, half a region, consistent from here on
-METHOD = "recipe bias fusion tune start distance no_bias no_regions no_cross_layer no_fusion".split()
+METHOD = "method recipe bias fusion tune start distance no_bias no_regions no_cross_layer no_fusion".split()
 NOISE_STD, NOISE_CLIP, RANDOM_DRAWS = 0.2, 0.25, 10  # of the noise on the normalised image; of the random control
 
 
@@ -140,26 +140,28 @@ class Views(Dataset):
 
 # ---- 3. What is kept of a concept layer: peaks and counts, never the maps --------------------------------------------
 class Tally:
-    """Of K prototypes, background last, on a grid (h, w), with M parts."""
+    """Of K prototypes, background last, on a grid (h, w), with M parts. owners: 1, or where every class has prototypes of
+    its own, which take turns in the maps, the number of classes."""
 
-    def __init__(self, K, grid, M):
+    def __init__(self, K, grid, M, owners=1):
         self.peaks = []                                                     # of (2, B, K-1, 2): clean and noisy
-        self.mean_map = torch.zeros(K - 1, *grid, dtype=torch.float64)      # a sum until it is read
+        self.maps = torch.zeros(owners, K - 1, *grid, dtype=torch.float64)  # sums over each owner's images
         self.patches = torch.zeros(2, K, dtype=torch.long)                  # outside and inside the box, by winner
         self.at_points = torch.zeros(K, M, dtype=torch.long)                # region x part at the key points
 
-    def add(self, attention, clean, noisy, inside, patch):
-        """Maps (B, K, h, w) of the three views; inside (B, N) and patch (B, M) as Views has them."""
+    def add(self, attention, clean, noisy, inside, patch, labels):
+        """Maps (B, K, h, w) of the three views; inside (B, N), patch (B, M) and labels (B) as Views has them."""
         region, (K, M) = attention.argmax(1).flatten(1).cpu(), self.at_points.shape                         # (B, N)
         self.patches += torch.bincount((inside * K + region).flatten(), minlength=2 * K).view(2, K)
         cells = (region.gather(1, patch.clamp(min=0)) * M + torch.arange(M))[patch >= 0]    # of the table region x part
         self.at_points += torch.bincount(cells, minlength=K * M).view(K, M)
         self.peaks.append(torch.stack([find_peaks(maps[:, :-1]).cpu() for maps in (clean, noisy)]))
-        self.mean_map += clean[:, :-1].sum(0, dtype=torch.float64).cpu()
+        self.maps.index_add_(0, labels % len(self.maps), clean[:, :-1].double().cpu())
 
     def summary(self, keypoints, labels, parts, seed):
         """The layer's metrics and controls. keypoints (n, M, 3) in the box view's frame.
-        constant_location: each map replaced by its mean over the test images, one spot for all of them.
+        constant_location: each map replaced by its mean over the test images, one spot for all of them. (A prototype that
+        one class has for itself is seen in that class's images alone, here and for the spread.)
         random_location: peaks drawn anew for every image. foreground: share of patches won by a concept.
         winning: share of concepts, the background not among them, that win any patch. peak_spreads: per concept, root
         mean square distance of its peaks from their mean; peak_spread: the mean of these. nmi, ari: the region at a
@@ -168,7 +170,10 @@ class Tally:
         that no other patch has a true part. parts_hit: per concept, the three parts it hits in most of their images."""
         peaks, noisy_peaks = torch.cat(self.peaks, 1)                                                     # (n, K-1, 2)
         n, concepts, _ = peaks.shape
-        spread = peaks.double().var(0, correction=0).sum(1).sqrt()
+        owner, rows = labels % len(self.maps), peaks.double().flatten(1)                                          # (n,)
+        sums = torch.zeros(len(self.maps), rows.shape[1], dtype=torch.float64).index_add_(0, owner, rows)
+        sizes = owner.bincount(minlength=len(self.maps)).clamp(min=1)[:, None]
+        spread = (rows - (sums / sizes)[owner]).square().view(n, concepts, 2).sum(2).mean(0).sqrt()
         won, (outside, inside) = self.patches[:, :-1].sum(1), self.patches.sum(1)
         result = dict(
             prototypes=concepts + 1, foreground=percent(won.sum(), outside + inside), wins=self.patches.sum(0).tolist(),
@@ -178,7 +183,7 @@ class Tally:
         if not parts:
             return result
         hits, noisy_hits, visible = hits_of(peaks, keypoints), hits_of(noisy_peaks, keypoints), keypoints[:, :, 2] > 0
-        constant = hits_of(find_peaks(self.mean_map[None] / n).expand(n, -1, -1), keypoints)
+        constant = hits_of(find_peaks(self.maps / sizes[..., None, None])[owner], keypoints)
         rng = np.random.default_rng(seed)
         drawn = (hits_of(torch.from_numpy(rng.integers(0, FRAME, peaks.shape)), keypoints) for _ in range(RANDOM_DRAWS))
         chance = np.mean([consistency(random, visible, labels) for random in drawn]).item()
@@ -221,7 +226,8 @@ def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, see
     device, training = next(model.parameters()).device, model.training
     views = Views(folder, split, image_size, seed, model.grid)
     parts, n, correct, keypoints, model_seconds, metric_seconds = views.test.parts, len(views), 0, [], 0.0, 0.0
-    tallies = [Tally(K, model.grid, len(parts)) for K in model.prototypes]
+    of_classes = isinstance(model, ivpt.ProtoPNet)                          # prototypes of the class take turns in the maps
+    tallies = [Tally(K, model.grid, len(parts), model.num_classes if of_classes else 1) for K in model.prototypes]
     model.eval()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     progress = progress and rank == 0
@@ -231,11 +237,12 @@ def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, see
     for batch in tqdm(DataLoader(mine, batch_size, num_workers=workers), split, disable=None if progress else True, leave=False):
         began = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            outputs = [model(batch[view].to(device)) for view in ("image", "clean", "noisy")]
+            own = (batch["label"].to(device),) if of_classes else ()        # choose the maps shown, not the prediction
+            outputs = [model(batch[view].to(device), *own) for view in ("image", "clean", "noisy")]
         correct += (outputs[0].logits.argmax(1).cpu() == batch["label"]).sum().item()   # waits for the device, too
         forwards = time.perf_counter()
         for tally, *maps in zip(tallies, *(output.attention for output in outputs)):
-            tally.add(*maps, batch["inside"], batch["patch"])
+            tally.add(*maps, batch["inside"], batch["patch"], batch["label"])
         keypoints.append(batch["points"])
         model_seconds += forwards - began
         metric_seconds += time.perf_counter() - forwards
@@ -329,6 +336,7 @@ class Gallery:
     the mean grouping. Its size does not depend on the number of test images."""
 
     def __init__(self, model, images, examples=24):
+        self.of_classes = isinstance(model, ivpt.ProtoPNet)
         self.prototypes, self.examples = model.prototypes, {}               # index -> regions, prediction, probability
         self.chosen = set(np.linspace(0, images - 1, min(examples, images)).astype(int).tolist())
         self.best = [(torch.zeros(K - 1, 0), torch.zeros(K - 1, 0).long(), torch.zeros(K - 1, 0, *model.grid).bool())
@@ -397,7 +405,8 @@ class Gallery:
     def concepts(self, layers):
         text = ("<p>The nine test images in which each prototype claims most: its patches in colour. Behind a part: in "
                 "how many of the images that show it the metrics' window covers it, the 73 x 73 of the box's 224 x 224 "
-                "pixels around the peak of the concept's map, whatever its region. A small spread: one fixed spot.</p>")
+                "pixels around the peak of the concept's map, whatever its region. A small spread: one fixed spot.</p>"
+                + "<p>Every class has prototypes of its own: concept 1 is the first one of the image's class.</p>" * self.of_classes)
         for l, layer in enumerate(layers, 1):
             silent = ", ".join(str(k + 1) for k, won in enumerate(layer["wins"][:-1]) if not won)
             text += f"<h3>Layer {l}</h3>" + f"<p>Never win a patch: {silent}.</p>" * bool(silent) + "<div class=cards>"
@@ -480,8 +489,8 @@ def explain(model, image, classes):
     winner, below zero against it, and the votes sum to the margin between the two logits."""
     output = model(image[None].to(next(model.parameters()).device))
     chances, order = output.logits[0].float().softmax(0).sort(descending=True, stable=True)
-    scores = output.concept_logits[0].float()                                                               # (G, C)
-    votes = (scores[:, order[0]] - scores[:, order[:2][-1]]) / len(scores)
+    scores = output.logits[:0] if output.concept_logits is None else output.concept_logits[0].float()       # (G, C)
+    votes = (scores[:, order[0]] - scores[:, order[:2][-1]]) / max(1, len(scores))
     return ([(classes[c], 100 * chance) for c, chance in zip(order[:5].tolist(), chances.tolist())], votes.tolist(),
             [a[0].argmax(0).cpu().numpy() for a in output.attention])
 
@@ -493,6 +502,8 @@ def words(top, votes, regions, prototypes):
         share = np.bincount(region.flatten(), minlength=K) * 100 / region.size
         won = ", ".join(f"{k + 1} ({share[k]:.0f} %)" for k in share[:-1].argsort()[::-1] if share[k])
         text += f"layer {l}: concepts {won or 'none'}; background {share[-1]:.0f} %\n"
+    if not votes:
+        return text + "its prompts do not vote: the classes are read from the cls token"
     text += f"votes of the last layer's concepts for {top[0][0]} against {top[:2][-1][0]}, in all {sum(votes):+.2f}:\n"
     return text + "\n".join(f"concept {g} {vote:+.2f}" for g, vote in enumerate(votes, 1))
 

@@ -5,7 +5,8 @@
 
 Read it top to bottom, as an image meets it: the frozen ViT (patches -> tokens -> blocks), then the concept layer
 (which patch belongs to which concept), the fusion of many fine concepts into few coarse prompts, and IVPT, which
-puts a concept layer before each of the last four blocks and one at the output. Letters in shapes, in every file:
+puts a concept layer before each of the last four blocks and one at the output. The methods that it is compared with
+follow, on the same ViT: VPT-Deep, ProtoPNet and Huang et al. Letters in shapes, in every file:
 
     B images   T tokens   N = h*w patches   D width   K prototypes of a layer, the background last
     G coarse concepts = prototypes of the last layer without its background   C classes
@@ -52,6 +53,12 @@ class Attention(nn.Module):
     def heads_of(self, x):
         B, T, D = x.shape
         return self.qkv(x).view(B, T, 3, self.heads, 64).permute(2, 0, 3, 1, 4)  # q, k, v: each (B, heads, T, 64)
+
+    def look(self, x, prompts):
+        """Where prompts (B, G, D) look: their attention to the tokens x (B, T, D), mean over the heads -> (B, G, T)."""
+        q, k = self.heads_of(prompts)[0], self.heads_of(torch.cat([x, prompts], dim=1))[1]
+        with torch.autocast(x.device.type, enabled=False):
+            return (wide(q) @ wide(k).transpose(2, 3) * 0.125).softmax(-1).mean(1)[:, :, :x.shape[1]]
 
     def forward(self, x, prompts=None):
         """x (B, T, D) attends to itself and to the prompts (B, G, D), of which only keys and values are needed."""
@@ -338,11 +345,20 @@ class Fusion(nn.Module):
 
 class Output(NamedTuple):
     logits: torch.Tensor          # (B, C), the mean of the concepts' votes
-    concept_logits: torch.Tensor  # (B, G, C), every coarse concept's vote
+    concept_logits: torch.Tensor  # (B, G, C), every coarse concept's vote; None where concepts have none (VPT-Deep)
     attention: list               # per concept layer (B, K_l, h, w), smoothed, sums to 1 over K_l, background last
     groups: list                  # per prompted layer (B, K_l - 1, G)
     fused: list                   # per prompted layer (B, G + 1, h, w), background last
     features: torch.Tensor        # (B, G + 1, D), normalised region features of the last layer
+
+
+def tune_backbone(backbone, tune):
+    """Of a backbone "none" is trained (paper), its "tokens" (cls, registers, positions; released), or "all"."""
+    if tune not in ("none", "tokens", "all"):
+        raise ValueError(f"tune {tune!r}: expected none, tokens or all")
+    tokens = ("cls_token", "register_tokens", "pos_embed")
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad = name != "mask_token" and (tune == "all" or (tune == "tokens" and name in tokens))
 
 
 class IVPT(nn.Module):
@@ -356,6 +372,7 @@ class IVPT(nn.Module):
     scaled: patches are brought to the length sqrt(D), and squared distances divided by sqrt(D) (ours, not the paper's).
     spatial_bias, regions, cross_layer, fusion: False takes that idea away, for the ablation. Without cross-layer prototypes
         the last concept layer stands alone, and nothing is prompted.
+    free_prompts: learnable prompts in each block that no concept prompts; 10 of them and cross_layer=False are VPT-Deep with prototypes.
     Raises ValueError where the prototypes do not fit the backbone. The backbone is used, not copied.
 
     Who learns from what; every stop-gradient (sg) below is meant:
@@ -366,26 +383,24 @@ class IVPT(nn.Module):
     """
 
     def __init__(self, backbone, num_classes, prototypes=(17, 14, 11, 8, 5), bias_after_softmax=True, fusion_mlp=True,
-                 tune="none", scaled=False, spatial_bias=True, regions=True, cross_layer=True, fusion=True):
+                 tune="none", scaled=False, spatial_bias=True, regions=True, cross_layer=True, fusion=True, free_prompts=0):
         super().__init__()
         prompted = len(prototypes) - 1
         if prompted < 1 or min(prototypes) < 2 or prompted > len(backbone.blocks):
             raise ValueError(f"prototypes {tuple(prototypes)}: expected 2 to {len(backbone.blocks) + 1} numbers, each at "
                              "least 2 (one concept and the background)")
-        if tune not in ("none", "tokens", "all"):
-            raise ValueError(f"tune {tune!r}: expected none, tokens or all")
         if min(backbone.grid) < 3:
             raise ValueError(f"image size {backbone.image_size}: {backbone.grid} patches, expected at least 3 a side")
         prototypes = tuple(prototypes) if cross_layer else tuple(prototypes)[-1:]
         self.backbone, self.grid = backbone, backbone.grid
         self.num_classes, self.prototypes = num_classes, prototypes
         D, G, N = backbone.width, prototypes[-1] - 1, self.grid[0] * self.grid[1]
-        tokens = ("cls_token", "register_tokens", "pos_embed")
-        for name, parameter in backbone.named_parameters():
-            parameter.requires_grad = name != "mask_token" and (tune == "all" or (tune == "tokens" and name in tokens))
+        tune_backbone(backbone, tune)
         self.tune = tune
         self.concepts = nn.ModuleList(ConceptLayer(K, D, N, bias_after_softmax, scaled, spatial_bias, regions) for K in prototypes)
         self.fusions = nn.ModuleList(Fusion(D, G if fusion else K - 1, fusion_mlp, fusion) for K in prototypes[:-1])
+        free = len(backbone.blocks) - len(self.fusions)
+        self.free_prompts = new_prompts(free, free_prompts, backbone) if free_prompts else None
         self.norm = nn.LayerNorm((G + 1, D))
         self.classifier = nn.Linear(D, num_classes, bias=False)  # one for all concepts
         for module in [*self.fusions.modules(), self.classifier]:
@@ -406,10 +421,11 @@ class IVPT(nn.Module):
                              f"{(h, w)}, which this model's spatial biases were made for")
         graph = torch.is_grad_enabled() and backbone_graph
         free = len(self.backbone.blocks) - len(self.fusions)  # blocks without prompts
-        with torch.set_grad_enabled(graph and self.tune != "none"):  # frozen: nothing to learn before the first prompt
+        learns = self.tune != "none" or self.free_prompts is not None  # or else nothing does before the first prompt
+        with torch.set_grad_enabled(graph and learns):
             tokens = self.backbone.embed(images)
-            for block in self.backbone.blocks[:free]:
-                tokens = block(tokens)
+            for l, block in enumerate(self.backbone.blocks[:free]):
+                tokens = block(tokens, None if self.free_prompts is None else self.free_prompts[l].expand(len(images), -1, -1))
 
         attention, groups, fused = [], [], []
         for concept, fusion, block in zip(self.concepts, self.fusions, self.backbone.blocks[free:]):
@@ -433,6 +449,124 @@ class IVPT(nn.Module):
         features = self.norm(pooled)  # (B, G + 1, D), jointly over concepts and width
         concept_logits = wide(self.classifier(features[:, :-1]))  # (B, G, C)
         return Output(concept_logits.mean(1), concept_logits, attention, groups, fused, features)
+
+
+# ---------------------------------------------------------------- the methods that IVPT is compared with
+
+def new_prompts(blocks, G, backbone):
+    """Free prompts (blocks, G, D), started as in VPT: uniform, with the variance that Xavier gives a patch embedding."""
+    bound = math.sqrt(6 / (3 * backbone.patch_size ** 2 + backbone.width))
+    return nn.Parameter(torch.empty(blocks, G, backbone.width).uniform_(-bound, bound))
+
+
+class VPTDeep(nn.Module):
+    """VPT-Deep (Jia et al. 2022, arXiv 2203.12119): free prompts in every block, a linear head on the cls token.
+
+    Nothing ties a prompt to a region. What can be looked at is where it looks itself: its attention to the patches, mean
+    over the heads, in the last five blocks. A patch is a prompt's if it gets more than an even share, 1 / T, of its
+    attention; that even share stands for the background in Output.attention, which does not sum to 1 here.
+    """
+
+    def __init__(self, backbone, num_classes, prompts=10, tune="none"):
+        super().__init__()
+        tune_backbone(backbone, tune)
+        self.backbone, self.grid, self.num_classes = backbone, backbone.grid, num_classes
+        self.prompts = new_prompts(len(backbone.blocks), prompts, backbone)
+        self.prototypes = (prompts + 1,) * min(5, len(backbone.blocks))  # of the layers that are looked at
+        self.classifier = nn.Linear(backbone.width, num_classes)
+        nn.init.trunc_normal_(self.classifier.weight, std=0.02)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, images):
+        """images (B, 3, H, W) -> Output; its attention is empty while training, which does not need it."""
+        tokens, attention, blocks = self.backbone.embed(images), [], self.backbone.blocks
+        for l, (block, prompts) in enumerate(zip(blocks, self.prompts)):
+            prompts = prompts.expand(len(images), -1, -1)  # (B, G, D)
+            if not self.training and l >= len(blocks) - len(self.prototypes):
+                a = block.attn.look(block.norm1(tokens), block.norm1(prompts))[:, :, self.backbone.prefix:]  # (B, G, N)
+                even = torch.full_like(a[:, :1], 1 / (tokens.shape[1] + prompts.shape[1]))
+                attention.append(torch.cat([a, even], dim=1).unflatten(2, self.grid))
+            tokens = block(tokens, prompts)
+        cls = self.backbone.norm(tokens[:, :1])  # (B, 1, D)
+        return Output(wide(self.classifier(cls[:, 0])), None, attention, [], [], cls)
+
+
+class ProtoPNet(nn.Module):
+    """ProtoPNet (Chen et al. 2019, arXiv 1806.10574) on the patches of a frozen ViT; m prototypes of every class.
+
+    An add-on layer maps patches to z in [0, 1]^d. The similarity of a patch and a prototype at squared distance d2 is
+    log((d2 + 1) / (d2 + 1e-4)); the largest one in the image is the prototype's score; a last layer without bias, 1 to its
+    own class and -1/2 to others, turns scores into logits. First add-on layer and prototypes learn; then prototypes are
+    projected onto training patches (project), and the last layer alone learns (last_only).
+
+    aligned: Huang et al. 2023 (arXiv 2212.05946) on top of it. Scores count for their own class alone, by learnt weights
+    that are positive and sum to m (score aggregation); train.alignment pulls z towards the spatial structure of an early
+    block (shallow-deep feature alignment). Footnote: theirs trains the backbone, too, has cosine similarities, an
+    orthogonality loss and no projection.
+
+    As in Huang et al., the maps shown and scored are those of the prototypes of the image's own class, so concept j is
+    another one in every class; there is no background, and Output.attention has similarities, not shares.
+    """
+
+    def __init__(self, backbone, num_classes, per_class=10, width=128, tune="none", aligned=False):
+        super().__init__()
+        tune_backbone(backbone, tune)
+        self.backbone, self.grid, self.tune, self.aligned, self.last_only = backbone, backbone.grid, tune, aligned, False
+        self.num_classes, self.prototypes = num_classes, (per_class + 1,)
+        self.add_on = nn.Sequential(nn.Linear(backbone.width, width), nn.ReLU(), nn.Linear(width, width), nn.Sigmoid())
+        self.vectors = nn.Parameter(torch.rand(num_classes * per_class, width))  # (C m, d), the prototypes
+        self.own = torch.eye(num_classes).repeat_interleave(per_class, 1)  # (C, C m), 1 where a prototype is of the class
+        self.last = nn.Parameter(torch.zeros(num_classes, per_class) if aligned else 1.5 * self.own - 0.5)
+
+    def compare(self, images):
+        """images (B, 3, H, W) -> z (B, N, d), shallow (B, N, D) of an early block, squared distances d2 (B, N, C m)."""
+        tokens, prefix = None, self.backbone.prefix
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.tune != "none"):
+            tokens = self.backbone.embed(images)
+            for l, block in enumerate(self.backbone.blocks):
+                tokens = block(tokens)
+                if l == len(self.backbone.blocks) // 4:
+                    shallow = tokens[:, prefix:].detach()
+            patches = self.backbone.norm(tokens[:, prefix:])
+        z = wide(self.add_on(patches))
+        with torch.autocast(z.device.type, enabled=False):
+            d2 = z.square().sum(2, keepdim=True) - 2 * z @ self.vectors.T + self.vectors.square().sum(1)
+        return z, shallow, d2.clamp_min(0)  # rounding can leave it below
+
+    def class_weights(self):
+        """(C, C m): what a prototype's score adds to a class's logit."""
+        own, m = self.own.to(self.last.device), self.prototypes[0] - 1
+        weights = own * (m * self.last.softmax(1)).flatten() if self.aligned else self.last
+        return weights if self.last_only or self.aligned else weights.detach()
+
+    def read(self, d2, labels=None):
+        """Squared distances (B, N, C m) -> Output, with the maps of the prototypes of labels (B); None: of the predictions."""
+        B, C, m = len(d2), self.num_classes, self.prototypes[0] - 1
+        similarity = ((d2 + 1) / (d2 + 1e-4)).log().transpose(1, 2)  # (B, C m, N)
+        scores = similarity.amax(2)  # (B, C m)
+        scores, weights = scores.detach() if self.last_only else scores, self.class_weights()
+        votes = m * torch.einsum("bkj,ckj->bjc", scores.unflatten(1, (C, m)), weights.unflatten(1, (C, m)))  # (B, m, C)
+        logits = votes.mean(1)
+        labels = logits.argmax(1) if labels is None else labels
+        maps = similarity.unflatten(1, (C, m))[torch.arange(B, device=d2.device), labels]  # (B, m, N)
+        maps = torch.cat([maps, torch.zeros_like(maps[:, :1])], dim=1)  # similarities are above 0: no patch is background
+        return Output(logits, votes, [maps.unflatten(2, self.grid)], [], [], self.vectors.expand(B, -1, -1))
+
+    def forward(self, images, labels=None):
+        return self.read(self.compare(images)[2], labels)
+
+    @torch.no_grad()
+    def project(self, dataset):
+        """Every prototype becomes the nearest patch of its class's training images: one can look at it from then on."""
+        C, m, device = self.num_classes, self.prototypes[0] - 1, self.vectors.device
+        best, found = torch.full((C, m), math.inf, device=device), self.vectors.unflatten(0, (C, m)).clone()
+        for images, labels, *_ in DataLoader(dataset, 16):
+            z, _, d2 = self.compare(images.to(device))
+            for patches, distances, c in zip(z, d2.unflatten(2, (C, m)), labels.tolist()):
+                nearest, patch = distances[:, c].min(0)  # (m)
+                closer = nearest < best[c]
+                best[c], found[c] = torch.where(closer, nearest, best[c]), torch.where(closer[:, None], patches[patch], found[c])
+        self.vectors.copy_(found.flatten(0, 1))
 
 
 # ---------------------------------------------------------------- where the prototypes start
@@ -507,10 +641,16 @@ def kmeans(e, K, generator, restarts=5, iterations=30):
 def build(options, num_classes, backbone=None):
     """The model that a run's options describe (train.Options as a dict); backbone: one already loaded."""
     backbone = backbone or load_backbone(options["weights"], options["image_size"])
+    method = options["method"]
+    if method == "vpt-deep":
+        return VPTDeep(backbone, num_classes, tune=options["tune"])
+    if method in ("protopnet", "huang"):
+        return ProtoPNet(backbone, num_classes, tune=options["tune"], aligned=method == "huang")
     return IVPT(backbone, num_classes, tuple(options["prototypes"]), bias_after_softmax=options["bias"] == "after",
                 fusion_mlp=options["fusion"] == "mlp", tune=options["tune"], scaled=dict(euclidean=False, scaled=True)[options["distance"]],
                 spatial_bias=not options["no_bias"], regions=not options["no_regions"],
-                cross_layer=not options["no_cross_layer"], fusion=not options["no_fusion"])
+                cross_layer=not options["no_cross_layer"] and method == "ivpt", fusion=not options["no_fusion"],
+                free_prompts=10 if method == "vpt-deep-proto" else 0)
 
 
 def trained_state(model):

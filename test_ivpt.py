@@ -1934,6 +1934,192 @@ def test_without_fusion_every_fine_concept_is_a_prompt(monkeypatch):
     assert [p.shape[1] for p in seen if p is not None] == [K - 1 for K in PROTOTYPES[:-1]]
 
 
+# ---------------------------------------------------------------- the methods that IVPT is compared with
+
+METHODS = ("vpt-deep", "vpt-deep-proto", "protopnet", "huang")
+
+
+def rival(method, family="registers", classes=3):
+    """A model of the method on a tiny frozen ViT, every parameter random."""
+    options = dict.fromkeys(("no_bias", "no_regions", "no_cross_layer", "no_fusion"), False)
+    options |= dict(method=method, prototypes=PROTOTYPES, bias="after", fusion="mlp", tune="none", distance="euclidean")
+    model = ivpt.build(options, classes, tiny_backbone(**FAMILIES[family]))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and name != "vectors":
+                p.copy_(torch.randn(p.shape) * 0.2)
+    return model.eval()
+
+
+def test_vpt_deep_is_the_vit_with_ten_more_tokens_in_every_block():
+    """Against the independent ViT, prompts being full tokens that are thrown away after their block; and where they look."""
+    model, images = rival("vpt-deep"), torch.randn(2, 3, 70, 70)
+    P = {k: v.double() for k, v in model.state_dict().items()}
+    state = {k.removeprefix("backbone."): v for k, v in P.items() if k.startswith("backbone.")}
+    tokens, h, w = oracle_embed(images, state)
+    T, looks = tokens.shape[1], []
+    for i in range(5):
+        x = torch.cat([tokens, P["prompts"][i].expand(2, -1, -1)], 1)
+        s = {k.removeprefix(f"blocks.{i}."): v for k, v in state.items() if k.startswith(f"blocks.{i}.")}
+        q, k, _ = (oracle_norm(x, s, "norm1") @ s["attn.qkv.weight"].T + s["attn.qkv.bias"]).split(128, dim=-1)
+        heads = [(q[..., a:a + 64] @ k[..., a:a + 64].transpose(1, 2) / 8).softmax(-1) for a in (0, 64)]
+        looks.append(sum(heads)[:, T:, 5:T].div(2).unflatten(2, (h, w)))  # rows of prompts, columns of patches
+        tokens = oracle_block(x, state, i)[:, :T]
+    cls = oracle_norm(tokens[:, 0], state, "norm")
+    with torch.no_grad():
+        out = model(images)
+    torch.testing.assert_close(out.logits.double(), cls @ P["classifier.weight"].T + P["classifier.bias"], atol=1e-3, rtol=1e-3)  # fp32
+    assert model.prototypes == (11,) * 5 and len(out.attention) == 5 and out.concept_logits is None
+    for a, look in zip(out.attention, looks):
+        torch.testing.assert_close(a[:, :-1].double(), look, atol=1e-4, rtol=1e-3)
+        assert (a[:, -1] == 1 / (T + 10)).all()
+    assert model.train()(images).attention == []
+
+
+def test_vpt_deep_with_prototypes_is_a_concept_layer_on_prompted_patches():
+    model, images = rival("vpt-deep-proto"), torch.randn(2, 3, 70, 70)
+    assert model.free_prompts.shape == (5, 10, 128) and model.prototypes == PROTOTYPES[-1:]
+    tokens = model.backbone.embed(images)
+    for block, prompts in zip(model.backbone.blocks, model.free_prompts):
+        tokens = block(tokens, prompts.expand(2, -1, -1))
+    patches = model.backbone.norm(tokens[:, 5:])
+    a, pooled, _ = model.concepts[0](patches, smoothing=ivpt.SMOOTHING, detach_maps=True)
+    out = model(images)
+    torch.testing.assert_close(out.attention[0].flatten(2), a)
+    torch.testing.assert_close(out.logits, model.classifier(model.norm(pooled)[:, :-1]).mean(1))
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_protopnet_scores_by_hand(aligned):
+    """log((d2 + 1) / (d2 + 1e-4)), the largest over patches, 1 to the own class and -1/2 to others or own weights alone."""
+    model, images = rival("huang" if aligned else "protopnet"), torch.randn(2, 3, 70, 70)
+    if not aligned:
+        model.last.data = 1.5 * model.own - 0.5
+    z, _, d2 = model.compare(images)
+    out = model(images, torch.tensor([2, 0]))
+    weights = 10 * model.last.softmax(1) if aligned else None
+    for b, label in enumerate((2, 0)):
+        similarity = torch.stack([((z[b] - p).square().sum(1) + 1).log() - ((z[b] - p).square().sum(1) + 1e-4).log()
+                                  for p in model.vectors])  # (C m, N)
+        scores = similarity.amax(1).view(3, 10)
+        for c in range(3):
+            expected = (weights[c] * scores[c]).sum() if aligned else 1.5 * scores[c].sum() - 0.5 * scores.sum()
+            torch.testing.assert_close(out.logits[b, c], expected, atol=1e-3, rtol=1e-3)  # d2 by the binomial formula
+        torch.testing.assert_close(out.attention[0][b, :10].flatten(1), similarity[10 * label:10 * label + 10], atol=1e-3, rtol=1e-3)
+    assert (out.attention[0][:, :10].amax(1) > out.attention[0][:, 10]).all()  # nobody is background
+    shown = model(images).attention[0]  # without labels: of the predicted class
+    assert torch.equal(shown, model(images, out.logits.argmax(1)).attention[0])
+    torch.testing.assert_close(out.concept_logits.mean(1), out.logits)
+
+
+def test_the_losses_of_protopnet_and_huang_written_out():
+    torch.manual_seed(0)
+    d2, labels = torch.rand(2, 6, 3, 4), torch.tensor([1, 2])  # B, N, C, m
+    nearest = d2.amin(1)
+    torch.testing.assert_close(train.cluster(d2, labels), (nearest[0, 1].min() + nearest[1, 2].min()) / 2)
+    torch.testing.assert_close(train.separation(d2, labels), -(nearest[0, [0, 2]].min() + nearest[1, :2].min()) / 2)
+    z, shallow, total = torch.rand(2, 6, 5), torch.rand(2, 6, 7), 0
+    for b, label in enumerate(labels):
+        for j in range(4):
+            peak = d2[b, :, label, j].argmin()
+            for n in range(6):
+                deep, early = (F.cosine_similarity(e[b, peak], e[b, n], dim=0) for e in (z, shallow))
+                total += max(0, (deep - early).abs().item() - 0.1)
+    assert train.alignment(z, shallow, d2, labels).item() == pytest.approx(total / (2 * 4 * 6), rel=1e-4)
+    model = rival("protopnet")
+    others = [model.last[c, k].abs() for c in range(3) for k in range(30) if k // 10 != c]
+    torch.testing.assert_close(train.last_layer(model), sum(others))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_each_method_learns(method):
+    """A frozen ViT; the classes reach what the method's paper trains, and nothing else."""
+    model, images = rival(method).train(), torch.randn(2, 3, 70, 70)
+    first = {"vpt-deep": ("prompts", "classifier.*"), "vpt-deep-proto": ("free_prompts", "concepts.*", "norm.*", "classifier.*"),
+             "protopnet": ("add_on.*", "vectors"), "huang": ("add_on.*", "vectors", "last")}[method]
+    assert reached(model, images, "classification") == reached(model, images, "loss") == named(model, *first)
+    if method == "vpt-deep-proto":
+        assert reached(model, images, "entropy") == named(model, "concepts.*")  # maps see the patches through sg
+    if method in ("protopnet", "huang"):
+        assert reached(model, images, "cluster") == named(model, "add_on.*", "vectors")
+        model.last_only = True
+        assert reached(model, images, "loss") == {"last"}
+    if method == "huang":
+        model.last_only = False
+        assert reached(model, images, "alignment") == named(model, "add_on.*")
+
+
+def test_projection_puts_every_prototype_on_a_patch_of_its_class(bird_root):
+    torch.manual_seed(0)
+    backbone = ivpt.load_backbone("toy", 56)
+    model = ivpt.ProtoPNet(backbone, 10, per_class=3)
+    dataset = data.CUB(bird_root / "CUB_200_2011", "train", "test", 56)
+    before = model.vectors.detach().clone()
+    model.eval().project(dataset)
+    for c in range(0, 10, 3):
+        images = torch.stack([dataset[int(i)][0] for i in (dataset.labels == c).nonzero()])
+        with torch.no_grad():
+            patches = model.compare(images)[0].flatten(0, 1)
+        for j in range(3 * c, 3 * c + 3):
+            distances = (patches - before[j]).square().sum(1)
+            torch.testing.assert_close(model.vectors[j], patches[distances.argmin()], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_resumes_evaluates_and_explains(method, bird_root, tmp_path, capsys):
+    """Two epochs, and one resumed to two (ProtoPNet's projection lies between them); then the very command that was printed."""
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    metrics = train.train(options(bird_root, straight, "--method", method))
+    train.train(options(bird_root, halves, "--method", method, "--epochs", 1))
+    if method in ("protopnet", "huang"):  # one epoch has no second stage, and so no projection
+        assert sorted(log_of(halves)[0]) == sorted({*log_of(straight)[0]})
+        assert "cluster" in log_of(straight)[0] and "cluster" not in log_of(straight)[1]
+    else:
+        train.train(options(bird_root, halves, "--method", method, "--resume"))
+        assert all(torch.equal(a, b) for a, b in zip(parameters(straight).values(), parameters(halves).values()))
+    assert metrics["protocol"]["recipe"]["method"] == method and all(0 <= layer["consistency"] <= 100 for layer in metrics["layers"])
+    capsys.readouterr()
+    evaluate.main(["--ckpt", str(straight / "last.pt"), "--visualize", str(straight / "pictures")])
+    page = (straight / "pictures" / "index.html").read_text()
+    assert ("prototypes of its own" in page) == (method in ("protopnet", "huang"))
+    assert json.loads((straight / "metrics.json").read_text()) == metrics
+    bird = next((bird_root / "CUB_200_2011" / "images").rglob("*.jpg"))
+    evaluate.main(["--ckpt", str(straight / "last.pt"), "--visualize", str(tmp_path), "--image", str(bird)])
+    assert ("do not vote" in capsys.readouterr().out) == (method == "vpt-deep")
+
+
+def test_a_run_stopped_after_the_projection_goes_on_with_the_last_layer(bird_root, tmp_path, monkeypatch):
+    runs = [tmp_path / "straight", tmp_path / "stopped"]
+    train.train(options(bird_root, runs[0], "--method", "protopnet", "--epochs", 4))
+    calls, affine = [], data.sample_affine
+
+    def stop_in_the_third_epoch():
+        calls.append(0)
+        if len(calls) == 12:
+            signal.raise_signal(signal.SIGTERM)
+        return affine()
+
+    monkeypatch.setattr(data, "sample_affine", stop_in_the_third_epoch)
+    assert train.train(options(bird_root, runs[1], "--method", "protopnet", "--epochs", 4)) == 3
+    train.train(options(bird_root, runs[1], "--method", "protopnet", "--epochs", 4, "--resume"))
+    first, second = map(parameters, runs)
+    assert all(torch.equal(first[name], second[name]) for name in first) and log_of(runs[0]) == log_of(runs[1])
+
+
+def test_evaluate_prototypes_of_a_class_are_controlled_within_it():
+    """Two classes whose one prototype each stands still at a place of its own: constant within its class, spread 0."""
+    maps, labels = torch.zeros(6, 2, 7, 7), torch.tensor([0, 1, 0, 1, 0, 1])
+    maps[labels == 0, 0, 1, 1] = maps[labels == 1, 0, 5, 5] = 1.0
+    points = torch.tensor([[[48.0, 48, 1], [176, 176, 0]], [[48, 48, 0], [176, 176, 1]]])[labels]
+    scores = []
+    for owners in (1, 2):
+        tally = evaluate.Tally(2, (7, 7), 2, owners)
+        tally.add(maps, maps, maps, torch.zeros(6, 49, dtype=torch.long), torch.full((6, 2), -1), labels)
+        scores.append(tally.summary(points, labels, ["beak", "tail"], 0))
+    assert scores[0]["consistency"] == scores[1]["consistency"] == scores[1]["constant_location"] == 100
+    assert scores[0]["constant_location"] == 50 and scores[0]["peak_spread"] > 80 and scores[1]["peak_spread"] == 0
+
+
 # ---------------------------------------------------------------- the tuned recipe: where prototypes start, and the scaled distance
 
 def test_the_scaled_layer_divides_squared_distances_of_unit_patches_by_sqrt_d():
@@ -2083,7 +2269,9 @@ def test_damaged_checkpoints_are_named(kind, says, bird_root, tmp_path):
     (["--data", "birds"], "--data"), (["--weights", "nowhere.pth"], "nowhere.pth"), (["--resume"], "--resume"),
     (["--batch-size", "9", "--accumulate", "2"], "--accumulate"), (["--batch-size", "100"], "training images"),
     (["--lr", "nan"], "--lr"), (["--lr-bias", "-1"], "--lr-bias"), (["--seed", "-1"], "--seed"), (["--workers", "-1"], "--workers"),
-    (["--device", "gpu"], "--device"), (["--tune", "tokens"], "--tune"), (["--image-size", "16"], "at least 3 a side")])
+    (["--device", "gpu"], "--device"), (["--tune", "tokens"], "--tune"), (["--method", "protopnet", "--no-bias"], "--no-bias"),
+    (["--method", "vpt-deep-proto", "--no-fusion"], "--no-fusion"), (["--method", "huang", "--recipe", "tuned"], "--start kmeans"),
+    (["--method", "vpt"], "--method"), (["--image-size", "16"], "at least 3 a side")])
 def test_bad_options_are_one_line(arguments, says, bird_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", *FEW_BIRDS, "--data-root", str(bird_root), "--out", str(tmp_path), *arguments])
     with pytest.raises(SystemExit) as end:

@@ -49,6 +49,10 @@ import model as ivpt
 RECIPES = {"paper": dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5, start="noise", distance="euclidean")}
 RECIPES["released"] = RECIPES["paper"] | dict(bias="inside", fusion="linear", tune="tokens", lr_bias=2e-4)
 RECIPES["tuned"] = RECIPES["paper"] | dict(start="kmeans", distance="scaled")  # ours
+# The rates at which a method's heads (lr) and its prototypes, prompts and tuned tokens (lr_prototypes) learn, at batch 16.
+METHODS = {"ivpt": dict(lr=1e-2, lr_prototypes=2e-4), "vpt-deep": dict(lr=1e-2, lr_prototypes=1e-2),
+           "vpt-deep-proto": dict(lr=1e-2, lr_prototypes=2e-4), "protopnet": dict(lr=1e-2, lr_prototypes=3e-3),
+           "huang": dict(lr=1e-2, lr_prototypes=3e-3)}
 # What a data set wants where the command line is silent.
 PRESETS = {
     "toy": dict(weights="toy", image_size=112, epochs=16),
@@ -67,6 +71,7 @@ class Options:
     out: str = option(None, "run folder (runs/DATA)")
     weights: str = option(None, "backbone: vits14, vitb14, vitl14, vitg14, each also with _reg4, or a state dict's file")
     image_size: int = option(None, "side of the square input in pixels, divisible by the patch")
+    method: str = option("ivpt", "ivpt, or what it is compared with (see model.py)", choices=list(METHODS))
     recipe: str = option("paper", "paper: its text; released: the authors' program; tuned: ours, where regions should follow the bird",
                          choices=list(RECIPES))
     bias: str = option(None, "learnable spatial bias, after the softmax (paper) or inside it (released)", choices=["after", "inside"])
@@ -84,8 +89,8 @@ class Options:
     epochs: int = option(None, "passes over the training images; the rates halve every four (25; 16 for toy)")
     batch_size: int = option(16, "images in one optimiser step, over all processes and accumulated parts")
     accumulate: int = option(1, "parts each batch is computed in; raise it when memory runs out")
-    lr: float = option(1e-2, "learning rate of class head, grouping, fusion and head LayerNorm, at batch 16")
-    lr_prototypes: float = option(2e-4, "learning rate of prototypes and tuned tokens, at batch 16")
+    lr: float = option(None, "learning rate of class head, grouping, fusion and head LayerNorm, at batch 16 (1e-2)")
+    lr_prototypes: float = option(None, "learning rate of prototypes, free prompts and tuned tokens, at batch 16 (by method)")
     lr_bias: float = option(None, "learning rate of the spatial biases (by recipe); if it is high, regions stop following the bird: see the spread")
     lr_backbone: float = option(5e-4, "learning rate of the backbone where --tune all trains it")
     seed: int = option(42, "seeds weights, order, augmentation and noise")
@@ -110,7 +115,7 @@ def parse(argv=None):
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind, **dict(f.metadata, help=text))
     parser.error = data.refuse
     o = Options(**vars(parser.parse_args(argv)))
-    defaults = dict(RECIPES[o.recipe], **PRESETS[o.data], out=f"runs/{o.data}")
+    defaults = METHODS[o.method] | RECIPES[o.recipe] | PRESETS[o.data] | dict(out=f"runs/{o.data}")
     if (o.weights or defaults["weights"]) == "toy":
         defaults["tune"] = "all"
     for name, value in defaults.items():
@@ -138,6 +143,12 @@ def check_options(o):
         raise ValueError(f"--device {o.device}: expected cpu or cuda; choose a GPU by CUDA_VISIBLE_DEVICES")
     if o.device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
         raise ValueError(f"--device cuda: {torch.cuda.device_count()} GPUs found; take --device cpu, or start fewer processes")
+    has_concepts, taken = o.method in ("ivpt", "vpt-deep-proto"), ("no_bias", "no_regions", "no_cross_layer", "no_fusion")
+    for name in taken[0 if not has_concepts else 2 if o.method != "ivpt" else 4:]:
+        if getattr(o, name):
+            raise ValueError(f"--{name.replace('_', '-')}: --method {o.method} has nothing of the kind; leave it out")
+    if o.start == "kmeans" and not has_concepts:
+        raise ValueError(f"--start kmeans (--recipe tuned): --method {o.method} has no class-agnostic prototypes; take --start noise")
     if o.weights == "toy" and o.tune != "all" and not o.bench:
         raise ValueError(f"--tune {o.tune}: the toy ViT has no pretrained file to stay frozen at; take --tune all")
 
@@ -202,20 +213,76 @@ def orthogonality(features):
         return (Z @ Z.transpose(1, 2) - torch.eye(Z.shape[1], device=Z.device)).square().mean()
 
 
+# Those of ProtoPNet (Chen et al. 2019) and of Huang et al. (2023); d2 (B, N, C, m): squared distances of N patches to m
+# prototypes of each of C classes.
+
+def cluster(d2, labels):
+    """Every image has a patch near a prototype of its class."""
+    return d2[torch.arange(len(d2)), :, labels].amin((1, 2)).mean()
+
+
+def separation(d2, labels):
+    """And none near those of other classes: minus the smallest distance."""
+    others = F.one_hot(labels, d2.shape[2]).bool()[:, :, None]  # (B, C, 1)
+    return -d2.amin(1).masked_fill(others, math.inf).amin((1, 2)).mean()
+
+
+def last_layer(model):
+    """L1 of what prototypes say of other classes than their own."""
+    return (model.last * (1 - model.own.to(model.last.device))).abs().sum()
+
+
+def alignment(z, shallow, d2, labels, slack=0.1):
+    """Where the class's prototypes match best, patches should resemble the same patches in z (B, N, d) as in an early
+    block, shallow (B, N, D): mean excess over the slack of |difference of cosines|."""
+    peaks = d2[torch.arange(len(d2)), :, labels].argmin(1)  # (B, m)
+    cosines = []
+    for e in (z, ivpt.wide(shallow)):
+        e = F.normalize(e, dim=2)
+        cosines.append(e.gather(1, peaks[..., None].expand(-1, -1, e.shape[2])) @ e.transpose(1, 2))  # (B, m, N)
+    return F.relu((cosines[0] - cosines[1]).abs() - slack).mean()
+
+
 class Objective(nn.Module):
-    """One batch to its eight losses: the image, its affine view, and what ties them. A module, so that DDP can wrap it."""
+    """One batch to its losses. A module, so that DDP can wrap it."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, images, labels, theta):
-        """images (B, 3, S, S), labels (B), theta (2, 3) -> {name: the eight losses and "loss", their sum}, number right."""
+        """images (B, 3, S, S), labels (B), theta (2, 3) -> {name: the losses and "loss", their sum}, number right."""
+        kinds = {ivpt.IVPT: self.ivpt, ivpt.VPTDeep: self.vpt, ivpt.ProtoPNet: self.protopnet}
+        losses, logits = kinds[type(self.model)](images, labels, theta)
+        losses["loss"] = sum(losses.values())
+        return losses, (logits.argmax(1) == labels).sum()
+
+    def vpt(self, images, labels, theta):
+        """VPT-Deep has no map to shape."""
+        logits = self.model(images).logits
+        return {"classification": classification(logits, labels)}, logits
+
+    def protopnet(self, images, labels, theta):
+        """The weights are those of the two papers; the alignment's sets in with the first step, not after five epochs."""
+        model = self.model
+        z, shallow, d2 = model.compare(images)
+        logits = model.read(d2, labels).logits
+        losses, d2 = {"classification": classification(logits, labels)}, d2.unflatten(2, (model.num_classes, -1))
+        if not model.last_only:
+            losses |= {"cluster": 0.8 * cluster(d2, labels), "separation": 0.08 * separation(d2, labels)}
+            if model.aligned:
+                losses["alignment"] = 0.3 * alignment(z, shallow, d2, labels)
+        elif not model.aligned:
+            losses["last_layer"] = 1e-4 * last_layer(model)
+        return losses, logits
+
+    def ivpt(self, images, labels, theta):
+        """The eight losses: the image, its affine view, and what ties them; every weight is 1."""
         # The view first: it keeps no graph of the backbone, so its memory is free again when the image's graph is built.
         back = [data.unwarp(A, theta) for A in self.model(data.warp(images, theta), backbone_graph=False).attention]
         out = self.model(images)
         maps, L = out.attention, len(out.attention)
-        losses = {
+        return {
             "classification": classification(out.logits, labels),
             "region_consistency": sum((region_consistency(maps[-1], fused) for fused in out.fused),
                                       start=out.logits.new_zeros(())) / max(1, len(out.fused)),
@@ -225,9 +292,7 @@ class Objective(nn.Module):
             "entropy": sum(map(entropy, maps)) / L,
             "equivariance": sum(map(equivariance, maps, back)) / L,
             "orthogonality": orthogonality(out.features),
-        }
-        losses["loss"] = sum(losses.values())  # every weight is 1
-        return losses, (out.logits.argmax(1) == labels).sum()
+        }, out.logits
 
 
 # ---------------------------------------------------------------- the optimiser
@@ -240,8 +305,10 @@ def make_optimizer(model, o):
             continue
         if name.startswith("backbone."):
             groups["lr_backbone" if o.tune == "all" else "lr_prototypes"].append(p)
-        elif name.startswith("concepts."):
-            groups["lr_bias" if name.endswith("bias") else "lr_prototypes"].append(p)
+        elif name.startswith("concepts.") and name.endswith("bias"):
+            groups["lr_bias"].append(p)
+        elif name.startswith(("concepts.", "free_prompts", "prompts", "add_on.", "vectors")):
+            groups["lr_prototypes"].append(p)
         else:
             groups["lr"].append(p)
     scale = (o.batch_size / 16) ** 0.5
@@ -368,7 +435,10 @@ def train(o):
         if len(checkpoint["random"]) != world:
             raise ValueError(f"--resume: {last} was written by {len(checkpoint['random'])} processes, now {world}; use as many")
     objective = Objective(model)
-    step_module = DistributedDataParallel(objective, [device] if device.type == "cuda" else None) if world > 1 else objective
+    step_module = objective
+    if world > 1:  # ProtoPNet's last layer learns alone, at the end
+        step_module = DistributedDataParallel(objective, [device] if device.type == "cuda" else None,
+                                              find_unused_parameters=isinstance(model, ivpt.ProtoPNet))
     if o.compile:
         step_module = torch.compile(step_module)
     torch.manual_seed(o.seed + rank)  # from here on every rank has noise of its own
@@ -401,11 +471,14 @@ def train(o):
                 sums=sums, model=ivpt.trained_state(model), fingerprint=fingerprint, optimizer=optimizer.state_dict(),
                 scheduler=scheduler.state_dict(), random=states))
 
+    last_stage = o.epochs - min(5, o.epochs // 2) if isinstance(model, ivpt.ProtoPNet) else None  # its last layer's epochs
     stop, bad_in_a_row, steps = [], 0, len(dataset) // o.batch_size
     handlers = {number: signal.signal(number, lambda n, frame: stop.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
     with tqdm(total=steps * o.epochs, initial=steps * start + done, disable=None if chief else True, unit="step") as progress:
         for epoch in range(start, o.epochs):
             model.train()
+            if last_stage is not None:
+                model.last_only = epoch >= last_stage
             dataset.epoch, began = epoch, time.time()
             batches = epoch_batches(dataset, o, epoch, rank, world)[done:]  # (steps to do, accumulate, images)
             loader = iter(DataLoader(dataset, batches.shape[2], sampler=batches.flatten().tolist(), num_workers=o.workers,
@@ -453,6 +526,8 @@ def train(o):
             if chief:
                 lines.append(json.dumps(line) + "\n")
                 save(log, "".join(lines))
+            if epoch + 1 == last_stage:
+                model.eval().project(data.CUB(folder, "train", "test", o.image_size))
             scheduler.step()
             done, sums = 0, {}
             save_run(epoch + 1, 0, sums)
@@ -526,7 +601,7 @@ def bench(o):
             times[name].append(clock(work, device) * 1000 / o.batch_size)
     forwards, steps = times["forward"][2:], times["step"][2:]  # without the warm-up
     ratio, forward_ms, step_ms = map(median, ([s / f for f, s in zip(forwards, steps)], forwards, steps))
-    row = dict(backbone=o.weights, recipe=o.recipe, image_size=o.image_size, batch_size=o.batch_size, device=device_name(device),
+    row = dict(method=o.method, backbone=o.weights, recipe=o.recipe, image_size=o.image_size, batch_size=o.batch_size, device=device_name(device),
                dtype="bf16" if o.amp else "fp32", compile=o.compile, forward_ms_per_image=round(forward_ms, 3),
                step_ms_per_image=round(step_ms, 3), ratio=round(ratio, 3),
                peak_gib_above_model=round(memory(device) - loaded, 3), loading_ms_per_image=loading(o))
