@@ -594,7 +594,7 @@ def bench(o):
         nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), 2.0)
         optimizer.step()
 
-    loaded = memory(device)
+    loaded, trained = memory(device), sum(p.numel() for p in model.parameters() if p.requires_grad)
     times = {"forward": [], "step": []}
     for _ in range(22):  # alternating, so that a busy machine disturbs both alike
         for name, work in (("forward", forward), ("step", step)):
@@ -604,7 +604,7 @@ def bench(o):
     row = dict(method=o.method, backbone=o.weights, recipe=o.recipe, image_size=o.image_size, batch_size=o.batch_size, device=device_name(device),
                dtype="bf16" if o.amp else "fp32", compile=o.compile, forward_ms_per_image=round(forward_ms, 3),
                step_ms_per_image=round(step_ms, 3), ratio=round(ratio, 3),
-               peak_gib_above_model=round(memory(device) - loaded, 3), loading_ms_per_image=loading(o))
+               peak_gib_above_model=round(memory(device) - loaded, 3), trained_parameters=trained, loading_ms_per_image=loading(o))
     print("| " + " | ".join(row) + " |\n|" + " --- |" * len(row) + "\n| " + " | ".join(map(str, row.values())) + " |")
     print(json.dumps(row))
 
