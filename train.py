@@ -2,6 +2,7 @@
 
     python train.py                                    # drawn birds, no download, minutes on a laptop
     python train.py --data cub                         # the paper's run: CUB, DINOv2-B/14 reg4, 518 px
+    python train.py --data FOLDER                      # any FOLDER/train/CLASS/IMAGE and FOLDER/test/CLASS/IMAGE
     torchrun --nproc_per_node=4 train.py --data cub    # the same batch, spread over four GPUs
     python train.py --bench --weights vits14 --image-size 224 --batch-size 8
 
@@ -56,7 +57,7 @@ METHODS = {"ivpt": dict(lr=1e-2, lr_prototypes=2e-4), "vpt-deep": dict(lr=1e-2, 
 # What a data set wants where the command line is silent.
 PRESETS = {
     "toy": dict(weights="toy", image_size=112, epochs=16),
-    "cub": dict(weights="vitb14_reg4", image_size=518, epochs=25),
+    "cub": dict(weights="vitb14_reg4", image_size=518, epochs=25),  # and any other
 }
 
 
@@ -66,7 +67,7 @@ def option(default, text, **more):
 
 @dataclass
 class Options:
-    data: str = option("toy", "toy (drawn birds) or cub (CUB-200-2011)", choices=["toy", "cub"])
+    data: str = option("toy", "toy (drawn birds), cub (CUB-200-2011), partimagenet, or a folder of images: see data.py")
     data_root: str = option(None, "folder that holds the data set, or where to put it")
     out: str = option(None, "run folder (runs/DATA)")
     weights: str = option(None, "backbone: vits14, vitb14, vitl14, vitg14, each also with _reg4, or a state dict's file")
@@ -115,7 +116,8 @@ def parse(argv=None):
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind, **dict(f.metadata, help=text))
     parser.error = data.refuse
     o = Options(**vars(parser.parse_args(argv)))
-    defaults = METHODS[o.method] | RECIPES[o.recipe] | PRESETS[o.data] | dict(out=f"runs/{o.data}")
+    preset = PRESETS.get(o.data, PRESETS["cub"])
+    defaults = METHODS[o.method] | RECIPES[o.recipe] | preset | dict(out=f"runs/{Path(o.data).resolve().name}")
     if (o.weights or defaults["weights"]) == "toy":
         defaults["tune"] = "all"
     for name, value in defaults.items():
@@ -404,7 +406,7 @@ def fetch(o):
     url = ivpt.weights_url(o.weights)
     if url:
         ivpt.patch_grid(o.image_size, 14)  # a wrong size is said before a gigabyte is fetched
-    data.find(o.data, o.data_root)
+    data.CUB(data.find(o.data, o.data_root), "test", "test", o.image_size)  # what the end needs is known at the start
     if url and not ivpt.weights_file(url).is_file():
         data.download(url, ivpt.weights_file(url))
 
