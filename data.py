@@ -592,7 +592,7 @@ def read_classes(folder, train):
     return classes, [], np.tile(WHOLE, (len(files), 1)), np.zeros((len(files), 0, 3)), files, labels
 
 
-class CUB(torch.utils.data.Dataset):
+class Images(torch.utils.data.Dataset):
     """Images of a folder in any layout that layout() knows.
 
     view "train": short side resized, augmented, random crop.   "test": short side resized, centre crop.
@@ -603,7 +603,7 @@ class CUB(torch.utils.data.Dataset):
 
     def __init__(self, folder, split, view, image_size, seed=0):
         if split not in ("train", "test") or view not in ("train", "test", "box"):
-            raise ValueError(f"CUB: split {split!r}, view {view!r}; expected train or test, and train, test or box")
+            raise ValueError(f"Images: split {split!r}, view {view!r}; expected train or test, and train, test or box")
         self.folder, self.view, self.image_size, self.seed = Path(folder), view, image_size, seed
         self.epoch = 0                                      # set it before the epoch's workers start
         reader = layout(self.folder) or read_cub            # which says what is missing
@@ -712,7 +712,7 @@ def main():
     parser.error = refuse
     args = parser.parse_args()
     folder = find(args.data, args.data_root)
-    train, test = (CUB(folder, split, "test", 128) for split in ("train", "test"))
+    train, test = (Images(folder, split, "test", 128) for split in ("train", "test"))
     parts = ", ".join(test.parts) or "none"
     print(f"{folder}: {len(train)} + {len(test)} images, {len(test.classes)} classes, parts: {parts}")
     if args.sheet:

@@ -112,7 +112,7 @@ class Views(Dataset):
     (seed, index) alone: batch size, workers and order change nothing."""
 
     def __init__(self, folder, split, image_size, seed, grid):
-        self.test, self.box = (data.CUB(folder, split, view, image_size) for view in ("test", "box"))
+        self.test, self.box = (data.Images(folder, split, view, image_size) for view in ("test", "box"))
         self.seed, self.grid, self.size = seed, grid, image_size
 
     def __len__(self):
@@ -567,7 +567,7 @@ def run(o):
     writable(home, "--ckpt")                                                # metrics.json goes there
     root = o.data_root or (trained["data_root"] if o.data in (None, trained["data"]) else None)
     folder = data.find(o.data or trained["data"], root)
-    dataset = data.CUB(folder, "test", "test", size)
+    dataset = data.Images(folder, "test", "test", size)
     if dataset.classes != classes:
         raise ValueError(f"{folder}: found {len(dataset.classes)} classes, expected the {len(classes)} of {o.ckpt}; "
                          "name its data by --data and --data-root")

@@ -1044,7 +1044,7 @@ def assert_on_dots(dataset, margin, tolerance):
 # ---- the data set ----------------------------------------------------------------------------------------------------
 def test_data_layout_of_any_subset(tmp_path):
     folder = write_cub(tmp_path)
-    train, test = data.CUB(folder, "train", "train", 32), data.CUB(folder, "test", "box", 32)
+    train, test = data.Images(folder, "train", "train", 32), data.Images(folder, "test", "box", 32)
     assert (len(train), len(test)) == (3, 1)
     assert train.classes == ["000.Class 0", "001.Class 1"]
     assert train.parts == ["beak", "left wing", "right wing", "tail"]
@@ -1055,14 +1055,14 @@ def test_data_layout_of_any_subset(tmp_path):
 
 
 def test_data_parts_may_be_absent(tmp_path):
-    dataset = data.CUB(write_cub(tmp_path, parts=False), "test", "box", 32)
+    dataset = data.Images(write_cub(tmp_path, parts=False), "test", "box", 32)
     assert dataset.parts == [] and dataset.keypoints.shape == (1, 0, 3)
     assert dataset[0][2].shape == (0, 3)
 
 
 @pytest.mark.skipif(not CUB40.is_dir(), reason="the 40 real CUB classes are not on this machine")
 def test_data_real_subset():
-    train, test = data.CUB(CUB40, "train", "train", 64), data.CUB(CUB40, "test", "box", 64)
+    train, test = data.Images(CUB40, "train", "train", 64), data.Images(CUB40, "test", "box", 64)
     assert (len(train), len(test), len(train.classes), len(train.parts)) == (1200, 1090, 40, 15)
     image, label, points, index = test[700]
     assert image.shape == (3, 64, 64) and image.dtype == torch.float32 and index == 700
@@ -1074,14 +1074,14 @@ def test_data_real_subset():
 
 def test_data_split_and_view_are_checked(tmp_path):
     with pytest.raises(ValueError, match="expected train or test"):
-        data.CUB(write_cub(tmp_path), "val", "test", 32)
+        data.Images(write_cub(tmp_path), "val", "test", 32)
 
 
 # ---- views -----------------------------------------------------------------------------------------------------------
 def test_data_train_view_moves_keypoints_with_pixels(tmp_path):
     for size, sizes in ((64, ((90, 70), (70, 96), (100, 100), (9, 9))), (120, ((90, 70), (70, 96), (64, 64), (9, 9)))):
         folder = write_cub(tmp_path / str(size), sizes)
-        dataset, checked = data.CUB(folder, "train", "train", size), 0
+        dataset, checked = data.Images(folder, "train", "train", size), 0
         for dataset.epoch in range(12):
             # half a pixel of convention would show as 0.5 px or more; what is left is rounding to pixels and bytes
             checked += assert_on_dots(dataset, margin=10, tolerance=0.35)
@@ -1092,7 +1092,7 @@ def test_data_train_view_moves_keypoints_with_pixels(tmp_path):
 
 
 def test_data_train_view_equals_the_steps_it_merges(tmp_path, monkeypatch):
-    dataset = data.CUB(write_cub(tmp_path, ((96, 64), (64, 64), (64, 96), (9, 9))), "train", "train", 64)
+    dataset = data.Images(write_cub(tmp_path, ((96, 64), (64, 64), (64, 96), (9, 9))), "train", "train", 64)
     draws, uniform = {}, None
     fake = SimpleNamespace(choice=lambda _: draws["flip"],
                            integers=lambda low, high: np.minimum((20, 0), np.array(high) - 1),
@@ -1134,7 +1134,7 @@ def test_data_augmentation_ranges():
 
 def test_data_test_view_is_resize_and_centre_crop(tmp_path):
     from torchvision.transforms import functional as T
-    dataset = data.CUB(write_cub(tmp_path, ((9, 9), (131, 90))), "test", "test", 64)
+    dataset = data.Images(write_cub(tmp_path, ((9, 9), (131, 90))), "test", "test", 64)
     image, label, points, index = dataset[0]
     expected = T.center_crop(T.resize(Image.open(dataset.files[0]), 64), 64)
     assert torch.equal(data.denormalize(image), T.pil_to_tensor(expected))
@@ -1143,7 +1143,7 @@ def test_data_test_view_is_resize_and_centre_crop(tmp_path):
 
 def test_data_box_view_follows_the_metric(tmp_path):
     folder = write_cub(tmp_path)
-    dataset = data.CUB(folder, "test", "box", 48)  # image 40 x 40, box 10.5 8.25 20.7 16.9
+    dataset = data.Images(folder, "test", "box", 48)  # image 40 x 40, box 10.5 8.25 20.7 16.9
     image, _, points, _ = dataset[0]
     expected = data.read_image(dataset.files[0]).crop((10, 8, 31, 25)).resize((48, 48), Image.Resampling.BILINEAR)
     assert torch.equal(data.denormalize(image), torch.from_numpy(np.array(expected)).permute(2, 0, 1))
@@ -1157,7 +1157,7 @@ def test_data_box_view_follows_the_metric(tmp_path):
 def test_data_boxes_that_overrun_or_are_empty(tmp_path, box, corners):
     folder = write_cub(tmp_path)
     (folder / "bounding_boxes.txt").write_text("\n".join(f"{key} {box}" for key in (17, 14, 11, 8)))
-    dataset = data.CUB(folder, "test", "box", 16)                                    # its image is 40 x 40
+    dataset = data.Images(folder, "test", "box", 16)                                    # its image is 40 x 40
     expected = data.read_image(dataset.files[0]).crop(corners).resize((16, 16), Image.Resampling.BILINEAR)
     image, _, points, _ = dataset[0]
     assert torch.equal(data.denormalize(image), torch.from_numpy(np.array(expected)).permute(2, 0, 1))
@@ -1171,7 +1171,7 @@ def test_data_augmentation_does_not_depend_on_workers_or_cache(tmp_path, monkeyp
             ("plain", 3, 5, 0, 0), ("cached", 3, 5, 0, 1 << 30), ("workers", 3, 5, 2, 1 << 30),
             ("epoch", 3, 6, 0, 1 << 30), ("seed", 4, 5, 0, 1 << 30)):
         monkeypatch.setattr(data, "CACHE_BYTES", cache)
-        dataset = data.CUB(folder, "train", "train", 32, seed)
+        dataset = data.Images(folder, "train", "train", 32, seed)
         assert (dataset.cache is None) == (cache == 0)
         for dataset.epoch in (epoch, epoch):                                         # the second time from the cache
             loader = torch.utils.data.DataLoader(dataset, 3, num_workers=workers)
@@ -1183,7 +1183,7 @@ def test_data_augmentation_does_not_depend_on_workers_or_cache(tmp_path, monkeyp
 
 
 def test_data_workers_fill_one_cache(tmp_path, monkeypatch):
-    dataset = data.CUB(write_cub(tmp_path), "train", "train", 32)
+    dataset = data.Images(write_cub(tmp_path), "train", "train", 32)
     first = [image for image, *_ in torch.utils.data.DataLoader(dataset, num_workers=2)]
     monkeypatch.setattr(data, "read_image", lambda path: pytest.fail("decoded twice"))
     assert all(torch.equal(a, b[0]) for (a, *_), b in zip(dataset, first))  # this process finds the workers' pixels
@@ -1216,13 +1216,13 @@ def test_data_exif_rotation_is_applied_only_when_asked(tmp_path):
 def test_data_one_pixel_images(tmp_path):
     folder = write_cub(tmp_path, ((1, 1), (1, 1), (1, 7), (1, 1)))
     for split, view in itertools.product(("train", "test"), ("train", "test", "box")):
-        image, _, points, _ = data.CUB(folder, split, view, 28)[-1]
+        image, _, points, _ = data.Images(folder, split, view, 28)[-1]
         assert image.shape == (3, 28, 28) and image.isfinite().all() and points.isfinite().all()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "html", "gone"])
 def test_data_unreadable_image_is_named_in_one_line(tmp_path, damage):
-    dataset = data.CUB(write_cub(tmp_path), "test", "test", 28)
+    dataset = data.Images(write_cub(tmp_path), "test", "test", 28)
     file, content = dataset.files[0], dataset.files[0].read_bytes()
     file.unlink()
     if damage != "gone":
@@ -1266,7 +1266,7 @@ def test_data_a_damaged_folder_is_one_clear_line(tmp_path, damage, words):
     folder = write_cub(tmp_path / "CUB_200_2011")
     damage(folder)
     with pytest.raises((ValueError, OSError)) as caught:
-        data.CUB(folder, "train", "train", 28)
+        data.Images(folder, "train", "train", 28)
     assert words in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -1344,7 +1344,7 @@ def test_data_key_points_of_segmentations_are_the_centroids_of_their_pixels(tmp_
     content = write_parts(tmp_path, release)
     with monkeypatch.context() as patch:
         patch.setattr(Image, "open", lambda *_: pytest.fail("an image was opened at start-up"))
-        train, test = data.CUB(tmp_path, "train", "train", 32), data.CUB(tmp_path, "test", "box", 32)
+        train, test = data.Images(tmp_path, "train", "train", 32), data.Images(tmp_path, "test", "box", 32)
     assert (len(train), len(test), test.parts) == (8, 4, ["Bird Tail", "Bird Head", "Bird Body"])
     assert train.classes == test.classes == ["n01000001", "n02000002"] and test.labels.tolist() == [1, 0, 1, 0]
     assert [file.name for file in test.files] == [image["file_name"] for image in content["test"]["images"]]
@@ -1386,7 +1386,7 @@ def test_data_segmentations_as_odd_as_the_releases(tmp_path):
         content["images"][0]["file_name"] = "n02000002\\" + content["images"][0]["file_name"]      # of Windows
         assert second not in [a["image_id"] for a in content["annotations"]]
     rewrite(tmp_path / "annotations/test/test.json", change)
-    test = data.CUB(tmp_path, "test", "box", 32)
+    test = data.Images(tmp_path, "test", "box", 32)
     assert test.parts == ["Fish Head", "Bird Body", "Bird Head"]
     assert test.keypoints[0].tolist() == [[7, 7, 1], [22, 23, 1], [0, 0, 0]] and test.boxes[0].tolist() == [2, 4, 22, 22]
     assert not test.keypoints[1].any()
@@ -1405,7 +1405,7 @@ def test_data_folder_of_classes(tmp_path, monkeypatch, held_out):
     Image.new("RGB", (50, 20), "red").save(folder / held_out / "zebra v1.5" / "photo.jpeg", exif=exif)
     with monkeypatch.context() as patch:
         patch.setattr(Image, "open", lambda *_: pytest.fail("an image was opened at start-up"))
-        train, test, box = (data.CUB(folder, *kind, 32) for kind in (("train", "train"), ("test", "test"), ("test", "box")))
+        train, test, box = (data.Images(folder, *kind, 32) for kind in (("train", "train"), ("test", "test"), ("test", "box")))
     assert train.classes == test.classes == ["ant_eater", "zebra v1.5"] and train.parts == test.parts == []
     assert train.labels.tolist() == [0] * 4 + [1] * 4 and test.labels.tolist() == [1] * 3
     assert [file.name for file in test.files] == ["0.jpg", "1.PNG", "photo.jpeg"]
@@ -1460,7 +1460,7 @@ def test_data_other_data_damaged_is_one_clear_line(tmp_path, write, damage, word
     write(tmp_path)
     damage(tmp_path)
     with pytest.raises((ValueError, OSError)) as caught:
-        data.CUB(tmp_path, "test", "test", 28)
+        data.Images(tmp_path, "test", "test", 28)
     assert words in str(caught.value) and str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -1523,7 +1523,7 @@ def test_data_toy_is_cub_and_deterministic(tmp_path, few_birds, monkeypatch):
     first, second = data.find("toy", tmp_path / "a"), data.find("toy", tmp_path / "b")
     files = sorted(f.relative_to(first) for f in first.rglob("*") if f.is_file())
     assert len(files) == 50 + 7 and all((first / f).read_bytes() == (second / f).read_bytes() for f in files)
-    train, test = data.CUB(first, "train", "train", 128), data.CUB(first, "test", "test", 128)
+    train, test = data.Images(first, "train", "train", 128), data.Images(first, "test", "test", 128)
     assert (len(train), len(test), len(train.classes), train.parts) == (30, 20, 10, list(data.TOY_LOOKS))
     assert train.labels.bincount().tolist() == [3] * 10 and test.labels.bincount().tolist() == [2] * 10
     for dataset in (train, test):
@@ -1800,7 +1800,7 @@ def test_data_a_killed_process_leaves_no_lock_and_no_rubbish(tmp_path, few_birds
     os.kill(worker.pid, signal.SIGKILL)
     worker.join(30)
     data.build(folder, data.draw_toy)
-    assert len(data.CUB(folder, "test", "box", 28)) == 20 and not (tmp_path / ".toy.new").exists()
+    assert len(data.Images(folder, "test", "box", 28)) == 20 and not (tmp_path / ".toy.new").exists()
 
 
 def test_data_script_describes_and_draws_a_sheet(tmp_path, few_birds, monkeypatch, capsys):
@@ -2060,8 +2060,8 @@ def test_recipes_presets_and_defaults_are_those_of_the_readme():
 
 
 def test_training_augments_anew_halves_its_rates_and_starts_where_the_recipe_says(bird_root, tmp_path, monkeypatch):
-    epochs, started, view, start = set(), [], data.CUB._train_view, ivpt.start_prototypes
-    monkeypatch.setattr(data.CUB, "_train_view", lambda self, *a: epochs.add(self.epoch) or view(self, *a))
+    epochs, started, view, start = set(), [], data.Images._train_view, ivpt.start_prototypes
+    monkeypatch.setattr(data.Images, "_train_view", lambda self, *a: epochs.add(self.epoch) or view(self, *a))
     monkeypatch.setattr(ivpt, "start_prototypes", lambda *a, **k: started.append(a) or start(*a, **k))
     train.train(options(bird_root, tmp_path, "--recipe", "tuned", "--epochs", 5, "--batch-size", 80, "--workers", 0))
     scale = 5 ** 0.5
@@ -2227,7 +2227,7 @@ def test_projection_puts_every_prototype_on_a_patch_of_its_class(bird_root):
     torch.manual_seed(0)
     backbone = ivpt.load_backbone("toy", 56)
     model = ivpt.ProtoPNet(backbone, 10, per_class=3)
-    dataset = data.CUB(bird_root / "CUB_200_2011", "train", "test", 56)
+    dataset = data.Images(bird_root / "CUB_200_2011", "train", "test", 56)
     before = model.vectors.detach().clone()
     model.eval().project(dataset)
     for c in range(0, 10, 3):
@@ -2378,7 +2378,7 @@ def test_foreground_is_the_middle_of_the_images_foreground(sign):
 def test_prototypes_start_in_the_patches_they_will_meet(bird_root, tmp_path):
     """Deterministic; no label, box or key point is read; concepts win patches before the first step."""
     o, starts = options(bird_root, tmp_path, "--recipe", "tuned"), []
-    dataset = data.CUB(bird_root / "CUB_200_2011", "train", "test", o.image_size)
+    dataset = data.Images(bird_root / "CUB_200_2011", "train", "test", o.image_size)
     for _ in range(2):
         dataset.labels, dataset.boxes, dataset.keypoints = dataset.labels * 0, dataset.boxes * 0, dataset.keypoints * 0
         torch.manual_seed(0)
@@ -2546,7 +2546,7 @@ def test_real_features_know_birds():
     backbone = ivpt.load_backbone(SHARED / "weights" / "vit_tiny_patch16_224.pth", 224)
     features, labels = [], []
     for split, step in (("train", 10), ("test", 25)):
-        dataset = data.CUB(SHARED / "data" / "CUB_200_2011", split, "test", 224)
+        dataset = data.Images(SHARED / "data" / "CUB_200_2011", split, "test", 224)
         picked = range(0, len(dataset), step)
         with torch.no_grad():
             features.append(F.normalize(torch.cat([backbone(dataset[i][0][None])[:, 0] for i in picked]), dim=1))
@@ -2811,7 +2811,7 @@ def test_evaluate_equals_the_protocol_written_out(tmp_path):
                              visible=[1] * 10 + [0, 1])
     for file in folder.glob("images/*.png"):
         Image.fromarray(rng.integers(0, 256, (8, 11, 3), np.uint8)).resize((90, 64)).save(file)
-    model, view, box = EvaluateConv(), *(data.CUB(folder, "test", kind, S) for kind in ("test", "box"))
+    model, view, box = EvaluateConv(), *(data.Images(folder, "test", kind, S) for kind in ("test", "box"))
     metrics = evaluate.evaluate(model, folder, S, batch_size=5, seed=seed, progress=False)
     keypoints, right, layers = torch.stack([box[i][2] for i in range(n)]), 0, range(5)
     maps = [[[] for _ in layers] for _ in range(3)]
@@ -3030,7 +3030,7 @@ def test_evaluate_command_line_writes_metrics_and_gallery(tmp_path, monkeypatch,
     run, pictures, bird = tmp_path / "run", tmp_path / "a" / "b", tmp_path / "bird.png"
     run.mkdir()
     (run / "log.jsonl").write_text('{"epoch": 0, "loss": 3.5, "note": ""}\n{"epoch": 1, "loss": 2.5}\n{"epoch": 2, "lo')
-    evaluate_checkpoint(monkeypatch, tmp_path / "data", data.CUB(folder, "test", "test", 56).classes)
+    evaluate_checkpoint(monkeypatch, tmp_path / "data", data.Images(folder, "test", "test", 56).classes)
     evaluate.main(["--ckpt", str(run / "last.pt"), "--visualize", str(pictures)])
     first = (run / "metrics.json").read_bytes()
     evaluate.main(["--ckpt", str(run / "last.pt"), "--batch-size", "3"])
@@ -3119,7 +3119,7 @@ def test_evaluate_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
         patch.setattr(evaluate.tempfile, "TemporaryFile", lambda dir: open("/proc/none", "w"))
         error = fails("--ckpt", tmp_path / "last.pt", "--image", bird_image(tmp_path / "bird.png"))
         assert f"--visualize {tmp_path}: cannot be written" in error and "a folder of yours" in error
-    evaluate_checkpoint(monkeypatch, tmp_path / "data", data.CUB(folder, "test", "test", 56).classes)
+    evaluate_checkpoint(monkeypatch, tmp_path / "data", data.Images(folder, "test", "test", 56).classes)
     for option, value, least in (("--batch-size", 0, 1), ("--workers", -1, 0), ("--seed", -1, 0)):
         assert f"{option} {value}: expected {least} or more" in fails("--ckpt", tmp_path / "last.pt", option, value)
     (folder / "images" / "3.png").write_text("broken")

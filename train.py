@@ -406,7 +406,7 @@ def fetch(o):
     url = ivpt.weights_url(o.weights)
     if url:
         ivpt.patch_grid(o.image_size, 14)  # a wrong size is said before a gigabyte is fetched
-    data.CUB(data.find(o.data, o.data_root), "test", "test", o.image_size)  # what the end needs is known at the start
+    data.Images(data.find(o.data, o.data_root), "test", "test", o.image_size)  # what the end needs is known at the start
     if url and not ivpt.weights_file(url).is_file():
         data.download(url, ivpt.weights_file(url))
 
@@ -418,14 +418,14 @@ def train(o):
     device, rank, world = start_processes(o)
     chief = rank == 0
     folder = data.find(o.data, o.data_root)
-    dataset = data.CUB(folder, "train", "train", o.image_size, o.seed)
+    dataset = data.Images(folder, "train", "train", o.image_size, o.seed)
     if len(dataset) < o.batch_size:
         raise ValueError(f"--batch-size {o.batch_size}: more than the {len(dataset)} training images of {folder}; take less")
 
     torch.manual_seed(o.seed)
     model = ivpt.build(asdict(o), len(dataset.classes)).to(device)
     if o.start == "kmeans" and not o.resume:
-        ivpt.start_prototypes(model, data.CUB(folder, "train", "test", o.image_size), o.seed)
+        ivpt.start_prototypes(model, data.Images(folder, "train", "test", o.image_size), o.seed)
     optimizer, scheduler = make_optimizer(model, o)
     start, done, sums = 0, 0, {}  # epoch, steps done in it, and what they summed up to
     if o.resume:
@@ -529,7 +529,7 @@ def train(o):
                 lines.append(json.dumps(line) + "\n")
                 save(log, "".join(lines))
             if epoch + 1 == last_stage:
-                model.eval().project(data.CUB(folder, "train", "test", o.image_size))
+                model.eval().project(data.Images(folder, "train", "test", o.image_size))
             scheduler.step()
             done, sums = 0, {}
             save_run(epoch + 1, 0, sums)
@@ -615,7 +615,7 @@ def loading(o):
     """Milliseconds an image takes to read and augment, once cached, over all workers; None without data at hand."""
     if o.data != "toy" and not o.data_root:
         return None
-    dataset = data.CUB(data.find(o.data, o.data_root), "train", "train", o.image_size)
+    dataset = data.Images(data.find(o.data, o.data_root), "train", "train", o.image_size)
     picked = range(min(8 * o.batch_size, len(dataset)))
     for _ in range(2):  # the first pass decodes
         began = time.perf_counter()
