@@ -1,13 +1,17 @@
-"""Images with part annotations for IVPT (ICLR 2026, arXiv 2503.06084): CUB-200-2011, and toy birds in its layout.
+"""Images for IVPT (ICLR 2026, arXiv 2503.06084): CUB-200-2011, toy birds, PartImageNet, any folder of classes.
 
     python data.py --data toy --sheet birds.png         # draw the toy birds, and a sheet of them
     python data.py --data cub --data-root DIR           # find CUB-200-2011, or download, verify and unpack it (1.1 GB)
+    python data.py --data partimagenet --data-root DIR  # find PartImageNet, unpacked by you: see read_parts
+    python data.py --data FOLDER                        # anything in CUB's layout, or FOLDER/train/CLASS/IMAGE and
+                                                        # FOLDER/test/CLASS/IMAGE: see read_classes
 """
 import argparse
 import contextlib
 import gzip
 import hashlib
 import http.client
+import json
 import math
 import mmap
 import os
@@ -31,18 +35,32 @@ CACHE_BYTES = 3 << 29           # 1.5 GiB: the training images of full CUB are k
 LISTS = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "bounding_boxes.txt", "classes.txt")
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 CUB_MD5 = "97eceeb196236b17998738112f37df78"
+PARTS_URL = "https://huggingface.co/datasets/turkeyju/PartImageNet"
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+CLASS_FOLDERS = "FOLDER/train/CLASS/IMAGE with FOLDER/test/CLASS/IMAGE (or val for test)"
+WHOLE = (0, 0, np.inf, np.inf)  # the box of an image of which none is known
 
 
 # ---- 1. Finding, fetching, unpacking ---------------------------------------------------------------------------------
 def find(data, data_root=None):
-    """-> the folder of `data` in CUB's layout: "toy" is drawn at first use, "cub" downloaded, verified and unpacked.
-    `data_root` (default ~/.cache/ivpt) is where it lies or will lie; or a CUB folder itself."""
+    """-> the folder of `data`: "toy" is drawn at first use, "cub" downloaded, verified, unpacked, "partimagenet" only
+    found. `data_root` (default ~/.cache/ivpt) is where it lies or will lie; or the CUB or PartImageNet folder itself.
+    Any other `data` is a folder of yours, below `data_root` where that is given."""
     root = Path(data_root or "~/.cache/ivpt").expanduser()
     if data == "toy":                                       # other settings, other folder: a change is never ignored
         folder = root / f"toy-v1-{zlib.crc32(repr((TOY, TOY_SPECIES, TOY_LOOKS)).encode()):08x}"
         return folder if not missing(folder) else build(folder, draw_toy)
+    if data == "partimagenet":
+        if folder := next((place for place in (root, root / "PartImageNet") if part_json(place, "train")), None):
+            return folder
+        raise FileNotFoundError(f"--data partimagenet: {root}/PartImageNet/annotations/train/train.json is missing; not"
+                                f" downloaded: fetch PartImageNet_Seg.zip from {PARTS_URL} and unpack it in {root}")
     if data != "cub":
-        raise ValueError(f"--data {data}: no such data set, expected toy or cub")
+        folder = Path(data_root or "").expanduser() / Path(data).expanduser()
+        if not layout(folder):
+            found = "has no train/ in it" if folder.is_dir() else "is no folder"
+            raise ValueError(f"--data {data}: {folder} {found}; expected toy, cub, partimagenet, or {CLASS_FOLDERS}")
+        return folder
     itself = any((root / name).exists() for name in (*LISTS, "images"))     # even half of one: nothing goes into it
     folder = root if itself else root / "CUB_200_2011"
     archive, lack = root / "CUB_200_2011.tgz", missing(folder)
@@ -421,8 +439,161 @@ def augmentation(width, height, size, rng):
     return matrix
 
 
-class CUB(torch.utils.data.Dataset):
-    """CUB-200-2011 (Wah et al. 2011), any subset of it, and whatever else has its layout.
+def layout(folder):
+    """The function that reads such a folder, seen from what it holds; None where there is none."""
+    if part_json(folder, "train"):
+        return read_parts
+    if any((folder / name).exists() for name in LISTS):
+        return read_cub
+    return read_classes if (folder / "train").is_dir() else None
+
+
+# Every reader: folder, training images or test? -> names of the C classes and of the M parts, boxes (n, 4) x, y, w, h
+# and keypoints (n, M, 3) x, y, visible, both in pixels of the image, n files, n labels. It opens no image.
+
+
+def read_cub(folder, train):
+    """CUB-200-2011 (Wah et al. 2011), any subset of it, and whatever else has its layout."""
+    if lack := missing(folder):
+        raise FileNotFoundError(f"{folder}: {lack} is missing; unpack the data set again, or correct --data-root")
+    images, classes_of, splits, boxes, classes = (
+        {row[0]: row[1:] for row in read_list(folder / name, n)} for name, n in zip(LISTS, (2, 2, 2, 5, 2)))
+    parts, points = folder / "parts" / "parts.txt", folder / "parts" / "part_locs.txt"
+    parts = dict(read_list(parts, 2)) if parts.is_file() else {}
+    label, part = ({key: k for k, key in enumerate(ids)} for ids in (classes, parts))
+    try:
+        keys = [key for key in images if (int(splits[key][0]) == 1) == train]
+        labels = [label[classes_of[key][0]] for key in keys]
+        rows = np.array([[float(value) for value in boxes[key]] for key in keys])                               # (n, 4)
+        position, values = {key: i for i, key in enumerate(keys)}, np.zeros((len(keys), len(parts), 3))
+        for key, m, x, y, visible in read_list(points, 5) if parts else ():
+            if key in position:
+                values[position[key], part[m]] = float(x), float(y), float(visible)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{folder}: its lists do not fit together or hold no number at {error}; "
+                         "unpack the data set again") from None
+    if not keys:
+        raise ValueError(f"{folder}/train_test_split.txt: no image for {'training' if train else 'testing'}")
+    for name, table in (("bounding_boxes.txt", rows), ("parts/part_locs.txt", values)):
+        if not (np.abs(table) <= 1e5).all():                # nan is not, either
+            raise ValueError(f"{folder / name}: holds nan or a number beyond 1e5; unpack the data set again")
+    files = [folder / "images" / images[key][0] for key in keys]
+    return [name for name, in classes.values()], list(parts.values()), rows, values, files, labels
+
+
+def part_json(folder, split):
+    """The annotations of a split of PartImageNet, in the place of its Seg or of its OOD release; None if in neither."""
+    places = folder / "annotations" / split / f"{split}.json", folder / f"{split}.json"
+    return next((path for path in places if path.is_file()), None)
+
+
+def read_parts(folder, train):
+    """PartImageNet (He et al., ECCV 2022, arXiv 2112.00933; github.com/TACJu/PartImageNet), or what has its layout.
+
+    PartImageNet_Seg.zip (3.1 GB, at PARTS_URL) holds annotations/train/train.json, images/train/SYNSET_NUMBER.JPEG, the
+    same for test and, not used here, val: 158 classes. The OOD release has train.json, train/SYNSET/*.JPEG and so on,
+    but no class in two splits: it needs a train.json and a test.json that divide its training images instead.
+    Not yet run on either: written after programs that read them, and tested on small files made in their format.
+
+    Classes are ImageNet's synsets, the file names up to "_". A key point is the centroid of all that an image has of a
+    part; it may lie beside a bent one. The box encloses the parts' own.
+    """
+    split = "train" if train else "test"
+    known, path = part_json(folder, "train"), part_json(folder, split)
+    if not path:
+        raise FileNotFoundError(f"{folder}: test.json is missing, though {known} is there; unpack the release again")
+    content, names = read_coco(path)
+    synsets = [name.split("_")[0] for name in names]
+    classes = sorted({name.split("_")[0] for name in (names if train else read_coco(known)[1])})
+    if strangers := sorted(set(synsets) - set(classes)):
+        raise ValueError(f"{path}: {len(strangers)} of its classes, {strangers[0]} the first, are not in {known}; in"
+                         f" the OOD release splits share no class, take PartImageNet_Seg.zip from {PARTS_URL}")
+    nested = path.parent == folder                          # the OOD release
+    files = [folder / split / synset / name if nested else folder / "images" / split / name
+             for synset, name in zip(synsets, names)]
+    if lack := next((file for file in files if not os.path.isfile(file)), None):
+        raise FileNotFoundError(f"{lack} is missing, which {path} names; unpack the release again")
+    label = {name: c for c, name in enumerate(classes)}
+    return classes, *part_points(path, content), files, [label[synset] for synset in synsets]
+
+
+def read_coco(path):
+    """-> what a JSON in COCO's format holds, and the plain file names of its images."""
+    try:
+        content = json.loads(path.read_bytes())
+        names = [image["file_name"].replace("\\", "/").split("/")[-1] for image in content["images"]]
+        if odd := next((name for name in names if "_" not in name), "" if names else "no image"):
+            raise ValueError(f"{odd}, expected SYNSET_NUMBER.JPEG")
+        return content, names
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: not PartImageNet's annotations in COCO's format ({error}); unpack the release anew, "
+                         "or, if the folder holds other data, move this file away") from None
+
+
+def part_points(path, content):
+    """-> names of the M parts, boxes (n, 4), keypoints (n, M, 3) of the n images of a JSON in COCO's format."""
+    try:
+        position, part = ({row["id"]: i for i, row in enumerate(content[key])} for key in ("images", "categories"))
+        table = np.array([(position[a["image_id"]], part[a["category_id"]], *moments(a), *a["bbox"])
+                          for a in content["annotations"] if not a.get("iscrowd")], float).reshape(-1, 9)
+        names = [category["name"] for category in content["categories"]]
+        if len(set(names)) < len(names):
+            names = [f"{category['supercategory']} {category['name']}" for category in content["categories"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: an annotation does not fit at {error}; unpack the release again") from None
+    if not np.isfinite(table).all() or (np.abs(table[:, 5:]) > 1e5).any():
+        raise ValueError(f"{path}: holds nan or a number beyond 1e5; unpack the release again")
+    n, (i, m) = len(content["images"]), table[:, :2].astype(int).T
+    sums, low, high = np.zeros((n, len(names), 3)), np.full((n, 2), np.inf), np.full((n, 2), -np.inf)
+    np.add.at(sums, (i, m), table[:, 2:5])
+    np.minimum.at(low, i, table[:, 5:7])
+    np.maximum.at(high, i, table[:, 5:7] + table[:, 7:])
+    area = sums[..., :1]
+    keypoints = np.concatenate((sums[..., 1:] / np.where(area > 0, area, 1), area > 0), 2)                  # (n, M, 3)
+    return names, np.where(high[:, :1] > low[:, :1], np.hstack((low, high - low)), WHOLE), keypoints
+
+
+def moments(annotation):
+    """-> area, area x, area y of what the polygons of a COCO annotation enclose, by the shoelace formula. Where that is
+    nothing, those of its bbox: the release has polygons of one or two points. So are those of RLE, which it has not."""
+    sums, polygons = np.zeros(3), annotation["segmentation"]
+    for polygon in polygons if isinstance(polygons, list) else ():
+        x, y = np.array(polygon + polygon[:2], float).reshape(-1, 2).T                                      # closed
+        cross = x[:-1] * y[1:] - x[1:] * y[:-1]             # the sign of its sum: which way round the polygon is drawn
+        turn = np.array((cross.sum() / 2, (x[:-1] + x[1:]) @ cross / 6, (y[:-1] + y[1:]) @ cross / 6))
+        sums += turn * np.sign(turn[0])
+    if sums[0] < 1e-3:
+        x, y, w, h = annotation["bbox"]
+        sums = w * h * np.array((1, x + w / 2, y + h / 2))
+    return sums
+
+
+def read_classes(folder, train):
+    """Any images, in a folder for each class: train/CLASS/IMAGE, and test/CLASS/IMAGE, or val/ where there is no test/.
+    Classes are the folders of train/, by name; test/ may lack some. No parts and no boxes."""
+    names = ("train",) if train else ("test", "val")
+    split = next((folder / name for name in names if (folder / name).is_dir()), None)
+    if not split:
+        raise FileNotFoundError(f"{folder}: no test/ and no val/ beside its train/; expected {CLASS_FOLDERS}")
+    classes, found = (sorted(entry.name for entry in os.scandir(place) if entry.is_dir() and entry.name[0] != ".")
+                      for place in (folder / "train", split))
+    if strangers := sorted(set(found) - set(classes)):
+        raise ValueError(f"{split / strangers[0]}: no such class in {folder}/train; add it there, or remove the folder")
+    files, labels = [], []
+    for name in found:
+        images = [image for image in sorted(os.listdir(split / name)) if image.lower().endswith(SUFFIXES)]
+        images = [split / name / image for image in images if image[0] != "."]
+        if not images:
+            raise ValueError(f"{split / name}: holds no image, expected {', '.join(SUFFIXES)}; add some, or remove it")
+        files.extend(images)
+        labels.extend(len(images) * [classes.index(name)])
+    if not files:
+        raise ValueError(f"{split}: no folder in it; expected {CLASS_FOLDERS}")
+    return classes, [], np.tile(WHOLE, (len(files), 1)), np.zeros((len(files), 0, 3)), files, labels
+
+
+class Images(torch.utils.data.Dataset):
+    """Images of a folder in any layout that layout() knows.
 
     view "train": short side resized, augmented, random crop.   "test": short side resized, centre crop.
     view "box": cropped to the bounding box and squashed, as the part metrics want it (Huang et al. 2023).
@@ -432,40 +603,15 @@ class CUB(torch.utils.data.Dataset):
 
     def __init__(self, folder, split, view, image_size, seed=0):
         if split not in ("train", "test") or view not in ("train", "test", "box"):
-            raise ValueError(f"CUB: split {split!r}, view {view!r}; expected train or test, and train, test or box")
+            raise ValueError(f"Images: split {split!r}, view {view!r}; expected train or test, and train, test or box")
         self.folder, self.view, self.image_size, self.seed = Path(folder), view, image_size, seed
         self.epoch = 0                                      # set it before the epoch's workers start
-        if lack := missing(self.folder):
-            raise FileNotFoundError(f"{folder}: {lack} is missing; unpack the data set again, or correct --data-root")
-        self._read(split == "train")
+        reader = layout(self.folder) or read_cub            # which says what is missing
+        self.classes, self.parts, boxes, keypoints, self.files, labels = reader(self.folder, split == "train")
+        self.labels = torch.tensor(labels, dtype=torch.long)                                                    # (n,)
+        self.boxes, self.keypoints = torch.from_numpy(boxes).float(), torch.from_numpy(keypoints).float()   # (n, M, 3)
+        self.corners = np.trunc(np.hstack((boxes[:, :2], boxes[:, :2] + boxes[:, 2:])))      # (n, 4) x, y, x + w, y + h
         self._reserve()
-
-    def _read(self, train):
-        images, labels, splits, boxes, classes = (
-            {row[0]: row[1:] for row in read_list(self.folder / name, n)} for name, n in zip(LISTS, (2, 2, 2, 5, 2)))
-        parts, points = self.folder / "parts" / "parts.txt", self.folder / "parts" / "part_locs.txt"
-        parts = dict(read_list(parts, 2)) if parts.is_file() else {}
-        self.classes, self.parts = [name for name, in classes.values()], list(parts.values())
-        label, part = ({key: k for k, key in enumerate(ids)} for ids in (classes, parts))
-        try:
-            keys = [key for key in images if (int(splits[key][0]) == 1) == train]
-            self.labels = torch.tensor([label[labels[key][0]] for key in keys], dtype=torch.long)                # (n,)
-            rows = np.array([[float(value) for value in boxes[key]] for key in keys])                           # (n, 4)
-            position, values = {key: i for i, key in enumerate(keys)}, np.zeros((len(keys), len(parts), 3))
-            for key, m, x, y, visible in read_list(points, 5) if parts else ():
-                if key in position:
-                    values[position[key], part[m]] = float(x), float(y), float(visible)
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{self.folder}: its lists do not fit together or hold no number at {error}; "
-                             "unpack the data set again") from None
-        if not keys:
-            raise ValueError(f"{self.folder}/train_test_split.txt: no image for {'training' if train else 'testing'}")
-        for name, table in (("bounding_boxes.txt", rows), ("parts/part_locs.txt", values)):
-            if not (np.abs(table) <= 1e5).all():            # nan is not, either
-                raise ValueError(f"{self.folder / name}: holds nan or a number beyond 1e5; unpack the data set again")
-        self.files = [self.folder / "images" / images[key][0] for key in keys]
-        self.boxes, self.keypoints = torch.from_numpy(rows).float(), torch.from_numpy(values).float()       # (n, M, 3)
-        self.corners = np.hstack((rows[:, :2], rows[:, :2] + rows[:, 2:])).astype(int)       # (n, 4) x, y, x + w, y + h
 
     def _reserve(self):
         """Memory for the decoded training images, where they fit: 2.0 instead of 3.5 ms an image (CUB shrunk to a short
@@ -485,7 +631,11 @@ class CUB(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         index = range(len(self))[index]                     # IndexError where there is none
-        return self.item(index, self._stored(index) if self.view == "train" else read_image(self.files[index]))
+        return self.item(index, self._stored(index) if self.view == "train" else self.read(index))
+
+    def read(self, index):
+        """The image: as it is stored where a box refers to that, else the way up that a viewer shows it."""
+        return read_image(self.files[index], upright=bool(self.boxes[index].isinf().any()))
 
     def item(self, index, image):
         """The item of an image that is decoded already: evaluate.py has two views of each."""
@@ -509,7 +659,7 @@ class CUB(torch.utils.data.Dataset):
 
     def _box_view(self, index, image, points):
         S, (low, high) = self.image_size, self.corners[index].reshape(2, 2)
-        high = np.maximum(high, low + 1)                    # none may be empty; beyond the image it is black
+        high = np.where(np.isinf(high), image.size, np.maximum(high, low + 1))  # never empty; black beyond the image
         image = image.crop((*low.tolist(), *high.tolist())).resize((S, S), Image.Resampling.BILINEAR)
         return image, np.trunc(FRAME * (points - low) / (high - low))
 
@@ -518,7 +668,7 @@ class CUB(torch.utils.data.Dataset):
         if self.cache is not None and self.sizes[index, 0]:
             W, H, w, h = self.sizes[index].tolist()
             return Image.frombuffer("RGB", (w, h), self.cache[index, :3 * w * h], "raw", "RGB", 0, 1), (W, H)
-        image = read_image(self.files[index])
+        image = self.read(index)
         original = image.size
         if min(original) > self.image_size:                 # smaller ones are enlarged by the augmentation's matrix
             image = resize_short(image, self.image_size)
@@ -556,14 +706,15 @@ def refuse(message):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="toy", help="toy or cub")
+    parser.add_argument("--data", default="toy", help="toy, cub, partimagenet or a folder")
     parser.add_argument("--data-root", help="where it lies, or shall lie (default ~/.cache/ivpt)")
     parser.add_argument("--sheet", metavar="FILE", help="write a picture: three test images of each of ten classes")
     parser.error = refuse
     args = parser.parse_args()
     folder = find(args.data, args.data_root)
-    train, test = (CUB(folder, split, "test", 128) for split in ("train", "test"))
-    print(f"{folder}: {len(train)} + {len(test)} images, {len(test.classes)} classes, parts: {', '.join(test.parts)}")
+    train, test = (Images(folder, split, "test", 128) for split in ("train", "test"))
+    parts = ", ".join(test.parts) or "none"
+    print(f"{folder}: {len(train)} + {len(test)} images, {len(test.classes)} classes, parts: {parts}")
     if args.sheet:
         from torchvision.utils import save_image            # slow to import, and needed here alone
         rows = [(test.labels == c).nonzero()[:3, 0].tolist() for c in test.labels.unique()[:10]]

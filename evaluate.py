@@ -112,14 +112,14 @@ class Views(Dataset):
     (seed, index) alone: batch size, workers and order change nothing."""
 
     def __init__(self, folder, split, image_size, seed, grid):
-        self.test, self.box = (data.CUB(folder, split, view, image_size) for view in ("test", "box"))
+        self.test, self.box = (data.Images(folder, split, view, image_size) for view in ("test", "box"))
         self.seed, self.grid, self.size = seed, grid, image_size
 
     def __len__(self):
         return len(self.test)
 
     def __getitem__(self, index):
-        file = data.read_image(self.test.files[index])                      # decoded once for all views
+        file = self.test.read(index)                                        # decoded once for all views
         (image, label, points, _), (clean, _, box_points, _) = self.test.item(index, file), self.box.item(index, file)
         noise = np.random.default_rng((self.seed, index)).standard_normal(clean.shape, np.float32) * NOISE_STD
         noisy = clean + torch.from_numpy(noise).clamp_(-NOISE_CLIP, NOISE_CLIP)
@@ -198,7 +198,7 @@ class Tally:
 
 
 PART_METRICS = "consistency stability constant_location over_constant random_location nmi ari parts_hit".split()
-NO_PARTS = "the data has no key points (parts/parts.txt); consistency, stability, their controls, NMI and ARI need them"
+NO_PARTS = "the data has no key points (in CUB's layout: parts/parts.txt); consistency, stability, their controls, NMI and ARI need them"
 
 
 def percent(part, whole):
@@ -220,7 +220,7 @@ def join_ranks(correct, keypoints, tallies, world):
 @torch.inference_mode()
 def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, seed=0, split="test", progress=True,
              recipe=None, gallery=None):
-    """Accuracy, and every concept layer's metrics, on a split of the CUB-layout folder -> dict, as in metrics.json.
+    """Accuracy, and every concept layer's metrics, on a split of a folder of data -> dict, as in metrics.json.
     amp: bf16 autocast. progress: bar and timing on the terminal. recipe: names the method in the protocol. gallery: a
     Gallery, shown every batch. Without key points what needs them is None, and "unavailable" says why."""
     device, training = next(model.parameters()).device, model.training
@@ -388,7 +388,7 @@ class Gallery:
             f"<h1>What each concept sees</h1><nav>{links}</nav>{body}\n", encoding="utf-8")
 
     def regions(self, dataset):
-        names = [html.escape(name.split(".", 1)[-1].replace("_", " ")) for name in dataset.classes]
+        names = [html.escape(re.sub(r"^\d+\.", "", name).replace("_", " ")) for name in dataset.classes]
         chips = "".join(f"{CHIP(CSS[k % 64])}{k + 1} " for k in range(max(self.prototypes) - 1))
         heads = "".join(f"<b>layer {l + 1}</b>" for l in range(len(self.best)))
         text = ("<p>The image with its key points, then the regions of every layer. Every patch goes to the concept "
@@ -567,7 +567,7 @@ def run(o):
     writable(home, "--ckpt")                                                # metrics.json goes there
     root = o.data_root or (trained["data_root"] if o.data in (None, trained["data"]) else None)
     folder = data.find(o.data or trained["data"], root)
-    dataset = data.CUB(folder, "test", "test", size)
+    dataset = data.Images(folder, "test", "test", size)
     if dataset.classes != classes:
         raise ValueError(f"{folder}: found {len(dataset.classes)} classes, expected the {len(classes)} of {o.ckpt}; "
                          "name its data by --data and --data-root")
@@ -589,7 +589,7 @@ def main(argv=None):
     p.add_argument("--visualize", metavar="DIR", help="write a gallery of every concept: DIR/index.html")
     p.add_argument("--image", metavar="FILE", nargs="+", help="explain these images instead of evaluating")
     p.add_argument("--weights", help="the backbone's file, where it is not where training found it")
-    p.add_argument("--data", help="toy or cub; default: what the checkpoint was trained on")
+    p.add_argument("--data", help="toy, cub, partimagenet or a folder; default: what the checkpoint was trained on")
     p.add_argument("--data-root", help="folder of the data; default: as in training")
     p.add_argument("--batch-size", type=int, default=32, help="images a forward; changes no number")
     p.add_argument("--workers", type=int, default=0, help="processes that read images; changes no number")

@@ -1044,7 +1044,7 @@ def assert_on_dots(dataset, margin, tolerance):
 # ---- the data set ----------------------------------------------------------------------------------------------------
 def test_data_layout_of_any_subset(tmp_path):
     folder = write_cub(tmp_path)
-    train, test = data.CUB(folder, "train", "train", 32), data.CUB(folder, "test", "box", 32)
+    train, test = data.Images(folder, "train", "train", 32), data.Images(folder, "test", "box", 32)
     assert (len(train), len(test)) == (3, 1)
     assert train.classes == ["000.Class 0", "001.Class 1"]
     assert train.parts == ["beak", "left wing", "right wing", "tail"]
@@ -1055,14 +1055,14 @@ def test_data_layout_of_any_subset(tmp_path):
 
 
 def test_data_parts_may_be_absent(tmp_path):
-    dataset = data.CUB(write_cub(tmp_path, parts=False), "test", "box", 32)
+    dataset = data.Images(write_cub(tmp_path, parts=False), "test", "box", 32)
     assert dataset.parts == [] and dataset.keypoints.shape == (1, 0, 3)
     assert dataset[0][2].shape == (0, 3)
 
 
 @pytest.mark.skipif(not CUB40.is_dir(), reason="the 40 real CUB classes are not on this machine")
 def test_data_real_subset():
-    train, test = data.CUB(CUB40, "train", "train", 64), data.CUB(CUB40, "test", "box", 64)
+    train, test = data.Images(CUB40, "train", "train", 64), data.Images(CUB40, "test", "box", 64)
     assert (len(train), len(test), len(train.classes), len(train.parts)) == (1200, 1090, 40, 15)
     image, label, points, index = test[700]
     assert image.shape == (3, 64, 64) and image.dtype == torch.float32 and index == 700
@@ -1074,14 +1074,14 @@ def test_data_real_subset():
 
 def test_data_split_and_view_are_checked(tmp_path):
     with pytest.raises(ValueError, match="expected train or test"):
-        data.CUB(write_cub(tmp_path), "val", "test", 32)
+        data.Images(write_cub(tmp_path), "val", "test", 32)
 
 
 # ---- views -----------------------------------------------------------------------------------------------------------
 def test_data_train_view_moves_keypoints_with_pixels(tmp_path):
     for size, sizes in ((64, ((90, 70), (70, 96), (100, 100), (9, 9))), (120, ((90, 70), (70, 96), (64, 64), (9, 9)))):
         folder = write_cub(tmp_path / str(size), sizes)
-        dataset, checked = data.CUB(folder, "train", "train", size), 0
+        dataset, checked = data.Images(folder, "train", "train", size), 0
         for dataset.epoch in range(12):
             # half a pixel of convention would show as 0.5 px or more; what is left is rounding to pixels and bytes
             checked += assert_on_dots(dataset, margin=10, tolerance=0.35)
@@ -1092,7 +1092,7 @@ def test_data_train_view_moves_keypoints_with_pixels(tmp_path):
 
 
 def test_data_train_view_equals_the_steps_it_merges(tmp_path, monkeypatch):
-    dataset = data.CUB(write_cub(tmp_path, ((96, 64), (64, 64), (64, 96), (9, 9))), "train", "train", 64)
+    dataset = data.Images(write_cub(tmp_path, ((96, 64), (64, 64), (64, 96), (9, 9))), "train", "train", 64)
     draws, uniform = {}, None
     fake = SimpleNamespace(choice=lambda _: draws["flip"],
                            integers=lambda low, high: np.minimum((20, 0), np.array(high) - 1),
@@ -1134,7 +1134,7 @@ def test_data_augmentation_ranges():
 
 def test_data_test_view_is_resize_and_centre_crop(tmp_path):
     from torchvision.transforms import functional as T
-    dataset = data.CUB(write_cub(tmp_path, ((9, 9), (131, 90))), "test", "test", 64)
+    dataset = data.Images(write_cub(tmp_path, ((9, 9), (131, 90))), "test", "test", 64)
     image, label, points, index = dataset[0]
     expected = T.center_crop(T.resize(Image.open(dataset.files[0]), 64), 64)
     assert torch.equal(data.denormalize(image), T.pil_to_tensor(expected))
@@ -1143,7 +1143,7 @@ def test_data_test_view_is_resize_and_centre_crop(tmp_path):
 
 def test_data_box_view_follows_the_metric(tmp_path):
     folder = write_cub(tmp_path)
-    dataset = data.CUB(folder, "test", "box", 48)  # image 40 x 40, box 10.5 8.25 20.7 16.9
+    dataset = data.Images(folder, "test", "box", 48)  # image 40 x 40, box 10.5 8.25 20.7 16.9
     image, _, points, _ = dataset[0]
     expected = data.read_image(dataset.files[0]).crop((10, 8, 31, 25)).resize((48, 48), Image.Resampling.BILINEAR)
     assert torch.equal(data.denormalize(image), torch.from_numpy(np.array(expected)).permute(2, 0, 1))
@@ -1157,7 +1157,7 @@ def test_data_box_view_follows_the_metric(tmp_path):
 def test_data_boxes_that_overrun_or_are_empty(tmp_path, box, corners):
     folder = write_cub(tmp_path)
     (folder / "bounding_boxes.txt").write_text("\n".join(f"{key} {box}" for key in (17, 14, 11, 8)))
-    dataset = data.CUB(folder, "test", "box", 16)                                    # its image is 40 x 40
+    dataset = data.Images(folder, "test", "box", 16)                                    # its image is 40 x 40
     expected = data.read_image(dataset.files[0]).crop(corners).resize((16, 16), Image.Resampling.BILINEAR)
     image, _, points, _ = dataset[0]
     assert torch.equal(data.denormalize(image), torch.from_numpy(np.array(expected)).permute(2, 0, 1))
@@ -1171,7 +1171,7 @@ def test_data_augmentation_does_not_depend_on_workers_or_cache(tmp_path, monkeyp
             ("plain", 3, 5, 0, 0), ("cached", 3, 5, 0, 1 << 30), ("workers", 3, 5, 2, 1 << 30),
             ("epoch", 3, 6, 0, 1 << 30), ("seed", 4, 5, 0, 1 << 30)):
         monkeypatch.setattr(data, "CACHE_BYTES", cache)
-        dataset = data.CUB(folder, "train", "train", 32, seed)
+        dataset = data.Images(folder, "train", "train", 32, seed)
         assert (dataset.cache is None) == (cache == 0)
         for dataset.epoch in (epoch, epoch):                                         # the second time from the cache
             loader = torch.utils.data.DataLoader(dataset, 3, num_workers=workers)
@@ -1183,7 +1183,7 @@ def test_data_augmentation_does_not_depend_on_workers_or_cache(tmp_path, monkeyp
 
 
 def test_data_workers_fill_one_cache(tmp_path, monkeypatch):
-    dataset = data.CUB(write_cub(tmp_path), "train", "train", 32)
+    dataset = data.Images(write_cub(tmp_path), "train", "train", 32)
     first = [image for image, *_ in torch.utils.data.DataLoader(dataset, num_workers=2)]
     monkeypatch.setattr(data, "read_image", lambda path: pytest.fail("decoded twice"))
     assert all(torch.equal(a, b[0]) for (a, *_), b in zip(dataset, first))  # this process finds the workers' pixels
@@ -1216,13 +1216,13 @@ def test_data_exif_rotation_is_applied_only_when_asked(tmp_path):
 def test_data_one_pixel_images(tmp_path):
     folder = write_cub(tmp_path, ((1, 1), (1, 1), (1, 7), (1, 1)))
     for split, view in itertools.product(("train", "test"), ("train", "test", "box")):
-        image, _, points, _ = data.CUB(folder, split, view, 28)[-1]
+        image, _, points, _ = data.Images(folder, split, view, 28)[-1]
         assert image.shape == (3, 28, 28) and image.isfinite().all() and points.isfinite().all()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "html", "gone"])
 def test_data_unreadable_image_is_named_in_one_line(tmp_path, damage):
-    dataset = data.CUB(write_cub(tmp_path), "test", "test", 28)
+    dataset = data.Images(write_cub(tmp_path), "test", "test", 28)
     file, content = dataset.files[0], dataset.files[0].read_bytes()
     file.unlink()
     if damage != "gone":
@@ -1266,7 +1266,7 @@ def test_data_a_damaged_folder_is_one_clear_line(tmp_path, damage, words):
     folder = write_cub(tmp_path / "CUB_200_2011")
     damage(folder)
     with pytest.raises((ValueError, OSError)) as caught:
-        data.CUB(folder, "train", "train", 28)
+        data.Images(folder, "train", "train", 28)
     assert words in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -1288,6 +1288,180 @@ def test_data_half_a_folder_named_directly_is_left_alone(tmp_path, monkeypatch, 
     with pytest.raises(FileNotFoundError, match="is missing, half unpacked"):
         data.find("cub", tmp_path)
     assert [f.name for f in tmp_path.iterdir()] == [left]
+
+
+# ---- other data: part segmentations, and folders of classes ----------------------------------------------------------
+def box_polygon(x, y, w, h, backwards=False):
+    corners = [(x, y), (x + w, y), (x + w, y + h), (x, y + h)]
+    return [float(value) for corner in corners[::-1 if backwards else 1] for value in corner]
+
+
+def write_parts(folder, release="seg", train=4, test=2):
+    """PartImageNet's layout: of two synsets each, images of 60 x 48 with a head (two pieces) and a body (bent as an L)."""
+    content, rng = {}, np.random.default_rng(0)
+    for split, count in (("train", train), ("test", test)):
+        images, annotations = [], []
+        for i, synset in itertools.product(range(count), ("n02000002", "n01000001")):
+            name, key, (dx, dy) = f"{synset}_{i}{split}.JPEG", 40 - len(images), rng.integers(0, 12, 2).tolist()
+            path = folder / "images" / split / name if release == "seg" else folder / split / synset / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (48, 60, 3), np.uint8)).save(path, "JPEG")
+            images.append(dict(id=key, file_name=name, width=60, height=48))
+            body = [8, 18, 28, 18, 28, 22, 14, 22, 14, 34, 8, 34]
+            for part, box, segments in (
+                    (7, [4, 2, 3, 3], [box_polygon(4 + dx, 2 + dy, 3, 3)]),
+                    (7, [20, 4, 9, 5], [box_polygon(20 + dx, 4 + dy, 4, 5), box_polygon(25 + dx, 4 + dy, 4, 2, backwards=True)]),
+                    (5, [8, 18, 20, 16], [[value + (dx, dy)[j % 2] for j, value in enumerate(body)]])):
+                annotations.append(dict(id=len(annotations), image_id=key, category_id=part, iscrowd=0, segmentation=segments,
+                                        area=1, bbox=[box[0] + dx, box[1] + dy, *box[2:]]))
+        content[split] = dict(images=images, annotations=annotations, categories=[
+            dict(id=9, name="Bird Tail", supercategory="Bird"), dict(id=7, name="Bird Head", supercategory="Bird"),
+            dict(id=5, name="Bird Body", supercategory="Bird")])
+        path = folder / "annotations" / split / f"{split}.json" if release == "seg" else folder / f"{split}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content[split]))
+    return content
+
+
+def rewrite(path, change):
+    """A JSON of write_parts, changed by hand."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def write_classes(folder, splits=("train", "test"), train=4, test=2):
+    for split, name in itertools.product(splits, ("zebra v1.5", "ant_eater")):
+        (folder / split / name).mkdir(parents=True)
+        for i in range(train if split == "train" else test):
+            noise = np.random.default_rng((i, len(name))).integers(0, 256, (30, 40, 3), np.uint8)
+            Image.fromarray(noise).save(folder / split / name / f"{i}.{('jpg', 'PNG')[i % 2]}")
+    return folder
+
+
+@pytest.mark.parametrize("release", ["seg", "ood"])
+def test_data_key_points_of_segmentations_are_the_centroids_of_their_pixels(tmp_path, monkeypatch, release):
+    content = write_parts(tmp_path, release)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", lambda *_: pytest.fail("an image was opened at start-up"))
+        train, test = data.Images(tmp_path, "train", "train", 32), data.Images(tmp_path, "test", "box", 32)
+    assert (len(train), len(test), test.parts) == (8, 4, ["Bird Tail", "Bird Head", "Bird Body"])
+    assert train.classes == test.classes == ["n01000001", "n02000002"] and test.labels.tolist() == [1, 0, 1, 0]
+    assert [file.name for file in test.files] == [image["file_name"] for image in content["test"]["images"]]
+    for i, image in enumerate(content["test"]["images"]):
+        everything = np.zeros((48, 60), bool)
+        for m, part in enumerate((9, 7, 5)):
+            mask = np.zeros((48, 60), bool)
+            for a in content["test"]["annotations"]:
+                for polygon in a["segmentation"] if (a["image_id"], a["category_id"]) == (image["id"], part) else ():
+                    x, y = np.array(polygon, int).reshape(-1, 2).T
+                    mask[y.min():y.max(), x.min():x.max()] = True
+                    if len(x) == 6:  # the L
+                        mask[y[3]:y.max(), x[3]:x.max()] = False
+            v, u = np.nonzero(mask)
+            expected = (u.mean() + 0.5, v.mean() + 0.5, 1) if mask.any() else (0, 0, 0)
+            assert test.keypoints[i, m].tolist() == pytest.approx(expected, abs=1e-4)       # kept in fp32
+            everything |= mask
+        v, u = np.nonzero(everything)
+        assert test.boxes[i].tolist() == [u.min(), v.min(), u.max() + 1 - u.min(), v.max() + 1 - v.min()]
+        x, y, w, h = map(int, test.boxes[i])
+        crop = data.read_image(test.files[i]).crop((x, y, x + w, y + h)).resize((32, 32), Image.Resampling.BILINEAR)
+        assert torch.equal(data.denormalize(test[i][0]), torch.from_numpy(np.array(crop)).permute(2, 0, 1))
+        assert test[i][2][1, :2].tolist() == [math.trunc(224 * (test.keypoints[i, 1, 0].item() - x) / w),
+                                              math.trunc(224 * (test.keypoints[i, 1, 1].item() - y) / h)]
+
+
+def test_data_segmentations_as_odd_as_the_releases(tmp_path):
+    """Polygons of one and of two points, a crowd, an image without parts, names that say only "Head"."""
+    write_parts(tmp_path)
+
+    def change(content):
+        first, second = (image["id"] for image in content["images"][:2])
+        content["annotations"] = [
+            dict(image_id=first, category_id=9, segmentation=[[1.0, 2.0], [3.0, 4.0, 5.0, 6.0]], bbox=[2, 4, 10, 6]),
+            dict(image_id=first, category_id=7, segmentation=dict(counts="0", size=[48, 60]), bbox=[20, 20, 4, 6]),
+            dict(image_id=first, category_id=5, segmentation=[box_polygon(0, 0, 60, 48)], bbox=[0, 0, 60, 48], iscrowd=1)]
+        for category, name in zip(content["categories"], ("Head", "Body", "Head")):
+            category.update(name=name, supercategory="Fish" if category["id"] == 9 else "Bird")
+        content["images"][0]["file_name"] = "n02000002\\" + content["images"][0]["file_name"]      # of Windows
+        assert second not in [a["image_id"] for a in content["annotations"]]
+    rewrite(tmp_path / "annotations/test/test.json", change)
+    test = data.Images(tmp_path, "test", "box", 32)
+    assert test.parts == ["Fish Head", "Bird Body", "Bird Head"]
+    assert test.keypoints[0].tolist() == [[7, 7, 1], [22, 23, 1], [0, 0, 0]] and test.boxes[0].tolist() == [2, 4, 22, 22]
+    assert not test.keypoints[1].any()
+    whole = data.read_image(test.files[1]).resize((32, 32), Image.Resampling.BILINEAR)
+    assert torch.equal(data.denormalize(test[1][0]), torch.from_numpy(np.array(whole)).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("held_out", ["test", "val"])
+def test_data_folder_of_classes(tmp_path, monkeypatch, held_out):
+    folder = write_classes(tmp_path, ("train", held_out))
+    shutil.rmtree(folder / held_out / "ant_eater")                                   # a class without test images
+    for rubbish in ("train/ant_eater/Thumbs.db", "train/ant_eater/._0.jpg", "train/.DS_Store"):
+        (folder / rubbish).write_text("not an image")
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                                 # "turn by 90 degrees"
+    Image.new("RGB", (50, 20), "red").save(folder / held_out / "zebra v1.5" / "photo.jpeg", exif=exif)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", lambda *_: pytest.fail("an image was opened at start-up"))
+        train, test, box = (data.Images(folder, *kind, 32) for kind in (("train", "train"), ("test", "test"), ("test", "box")))
+    assert train.classes == test.classes == ["ant_eater", "zebra v1.5"] and train.parts == test.parts == []
+    assert train.labels.tolist() == [0] * 4 + [1] * 4 and test.labels.tolist() == [1] * 3
+    assert [file.name for file in test.files] == ["0.jpg", "1.PNG", "photo.jpeg"]
+    assert test.read(2).size == (20, 50) and test[0][2].shape == box[0][2].shape == (0, 3)
+    whole = data.read_image(test.files[1]).resize((32, 32), Image.Resampling.BILINEAR)
+    assert torch.equal(data.denormalize(box[1][0]), torch.from_numpy(np.array(whole)).permute(2, 0, 1))
+    assert evaluate.Views(folder, "test", 32, 0, (4, 4))[1]["inside"].tolist() == [1] * 16
+    assert data.find(str(folder)) == data.find(folder.name, folder.parent) == folder
+
+
+def test_data_find_partimagenet(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=f"PartImageNet_Seg.zip from {data.PARTS_URL} and unpack it in {tmp_path}$"):
+        data.find("partimagenet", tmp_path)
+    write_parts(tmp_path / "PartImageNet")
+    write_parts(tmp_path / "mine", "ood")
+    assert data.find("partimagenet", tmp_path) == data.find("partimagenet", tmp_path / "PartImageNet") == tmp_path / "PartImageNet"
+    assert data.find("partimagenet", tmp_path / "mine") == data.find(str(tmp_path / "mine")) == tmp_path / "mine"
+    cub = write_cub(tmp_path / "birds")
+    assert data.find("birds", tmp_path) == cub and data.layout(cub) is data.read_cub
+    with pytest.raises(ValueError, match="birds2 is no folder; expected toy, cub, partimagenet, or FOLDER/train/CLASS/IMAGE"):
+        data.find("birds2", tmp_path)
+    with pytest.raises(ValueError, match="images has no train/ in it"):
+        data.find(str(cub / "images"))
+
+
+def in_test(change):
+    return lambda f: rewrite(f / "annotations/test/test.json", change)
+
+
+@pytest.mark.parametrize("write, damage, words", [
+    (write_parts, lambda f: (f / "annotations/test/test.json").unlink(), "test.json is missing"),
+    (write_parts, lambda f: (f / "annotations/test/test.json").write_bytes(b"PK\x03\x04\xff"), "not PartImageNet's annotations"),
+    (write_parts, lambda f: (f / "annotations/test/test.json").write_text('{"imgHeight": 1}'), "COCO's format ('images')"),
+    (write_parts, lambda f: (f / "annotations/test/test.json").write_text("[1]"), "not PartImageNet's annotations"),
+    (write_parts, lambda f: (f / "annotations/train/train.json").write_text("{"), "train.json: not PartImageNet's annotations"),
+    (write_parts, in_test(lambda c: c.update(images=[])), "no image"),
+    (write_parts, in_test(lambda c: c.pop("categories")), "at 'categories'"),
+    (write_parts, in_test(lambda c: c["images"][0].update(file_name="bird.JPEG")), "bird.JPEG, expected SYNSET_NUMBER.JPEG"),
+    (write_parts, in_test(lambda c: c["images"][1].update(file_name="n03_1.JPEG")), "1 of its classes, n03 the first"),
+    (write_parts, in_test(lambda c: c["annotations"][0].update(image_id=99)), "does not fit at 99"),
+    (write_parts, in_test(lambda c: c["annotations"][0].update(category_id=[1])), "does not fit at"),
+    (write_parts, in_test(lambda c: c["annotations"][0].update(bbox=[1, 2, 3])), "does not fit at"),
+    (write_parts, in_test(lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3]])), "does not fit at"),
+    (write_parts, in_test(lambda c: c["annotations"][0].update(segmentation=[[1, 2, float("nan"), 2, 5, 5]])), "holds nan"),
+    (write_parts, in_test(lambda c: c["annotations"][0].update(bbox=[1, 2, 3, 1e9])), "beyond 1e5"),
+    (write_parts, lambda f: (f / "images/test/n01000001_0test.JPEG").unlink(), "n01000001_0test.JPEG is missing"),
+    (write_classes, lambda f: shutil.rmtree(f / "test"), "no test/ and no val/"),
+    (write_classes, lambda f: (f / "test/gnu").mkdir(), "test/gnu: no such class"),
+    (write_classes, lambda f: [file.unlink() for file in (f / "test/ant_eater").iterdir()], "test/ant_eater: holds no image"),
+    (write_classes, lambda f: [shutil.rmtree(place) for place in (f / "test").iterdir()], "no folder in it")])
+def test_data_other_data_damaged_is_one_clear_line(tmp_path, write, damage, words):
+    write(tmp_path)
+    damage(tmp_path)
+    with pytest.raises((ValueError, OSError)) as caught:
+        data.Images(tmp_path, "test", "test", 28)
+    assert words in str(caught.value) and str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 # ---- the affine view -------------------------------------------------------------------------------------------------
@@ -1349,7 +1523,7 @@ def test_data_toy_is_cub_and_deterministic(tmp_path, few_birds, monkeypatch):
     first, second = data.find("toy", tmp_path / "a"), data.find("toy", tmp_path / "b")
     files = sorted(f.relative_to(first) for f in first.rglob("*") if f.is_file())
     assert len(files) == 50 + 7 and all((first / f).read_bytes() == (second / f).read_bytes() for f in files)
-    train, test = data.CUB(first, "train", "train", 128), data.CUB(first, "test", "test", 128)
+    train, test = data.Images(first, "train", "train", 128), data.Images(first, "test", "test", 128)
     assert (len(train), len(test), len(train.classes), train.parts) == (30, 20, 10, list(data.TOY_LOOKS))
     assert train.labels.bincount().tolist() == [3] * 10 and test.labels.bincount().tolist() == [2] * 10
     for dataset in (train, test):
@@ -1626,7 +1800,7 @@ def test_data_a_killed_process_leaves_no_lock_and_no_rubbish(tmp_path, few_birds
     os.kill(worker.pid, signal.SIGKILL)
     worker.join(30)
     data.build(folder, data.draw_toy)
-    assert len(data.CUB(folder, "test", "box", 28)) == 20 and not (tmp_path / ".toy.new").exists()
+    assert len(data.Images(folder, "test", "box", 28)) == 20 and not (tmp_path / ".toy.new").exists()
 
 
 def test_data_script_describes_and_draws_a_sheet(tmp_path, few_birds, monkeypatch, capsys):
@@ -1886,8 +2060,8 @@ def test_recipes_presets_and_defaults_are_those_of_the_readme():
 
 
 def test_training_augments_anew_halves_its_rates_and_starts_where_the_recipe_says(bird_root, tmp_path, monkeypatch):
-    epochs, started, view, start = set(), [], data.CUB._train_view, ivpt.start_prototypes
-    monkeypatch.setattr(data.CUB, "_train_view", lambda self, *a: epochs.add(self.epoch) or view(self, *a))
+    epochs, started, view, start = set(), [], data.Images._train_view, ivpt.start_prototypes
+    monkeypatch.setattr(data.Images, "_train_view", lambda self, *a: epochs.add(self.epoch) or view(self, *a))
     monkeypatch.setattr(ivpt, "start_prototypes", lambda *a, **k: started.append(a) or start(*a, **k))
     train.train(options(bird_root, tmp_path, "--recipe", "tuned", "--epochs", 5, "--batch-size", 80, "--workers", 0))
     scale = 5 ** 0.5
@@ -2053,7 +2227,7 @@ def test_projection_puts_every_prototype_on_a_patch_of_its_class(bird_root):
     torch.manual_seed(0)
     backbone = ivpt.load_backbone("toy", 56)
     model = ivpt.ProtoPNet(backbone, 10, per_class=3)
-    dataset = data.CUB(bird_root / "CUB_200_2011", "train", "test", 56)
+    dataset = data.Images(bird_root / "CUB_200_2011", "train", "test", 56)
     before = model.vectors.detach().clone()
     model.eval().project(dataset)
     for c in range(0, 10, 3):
@@ -2120,6 +2294,48 @@ def test_evaluate_prototypes_of_a_class_are_controlled_within_it():
     assert scores[0]["constant_location"] == 50 and scores[0]["peak_spread"] > 80 and scores[1]["peak_spread"] == 0
 
 
+# ---------------------------------------------------------------- other data than birds
+
+def test_data_the_ood_release_as_it_is_says_what_to_take(tmp_path):
+    """Its splits share no class: known before anything is trained."""
+    write_parts(tmp_path, "ood")
+    (tmp_path / "test").rename(tmp_path / "test_images")
+    rewrite(tmp_path / "test.json", lambda c: [i.update(file_name=i["file_name"].replace("n0", "n1")) for i in c["images"]])
+    o = options(tmp_path, tmp_path / "run", "--data", "partimagenet")
+    with pytest.raises(ValueError, match="2 of its classes, n11000001 the first, are not in .*train.json; .* PartImageNet_Seg.zip"):
+        train.train(o)
+
+
+@pytest.mark.parametrize("kind", ["partimagenet", "folder"])
+def test_other_data_trains_and_is_found_again_by_evaluate(tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.chdir(tmp_path)
+    write_parts(tmp_path / "root/PartImageNet") if kind == "partimagenet" else write_classes(tmp_path / "root/pets")
+    arguments = ["--data", "partimagenet", "--data-root", "root"] if kind == "partimagenet" else ["--data", "root/pets/"]
+    o = train.parse([*arguments, "--weights", "toy", "--image-size", "56", "--epochs", "1", "--batch-size", "4", "--workers", "0",
+                     "--device", "cpu", "--no-amp"])
+    run = Path("runs", "partimagenet" if kind == "partimagenet" else "pets")
+    assert Path(o.out) == run
+    metrics = train.train(o)
+    written = (run / "metrics.json").read_bytes()
+    evaluate.main(["--ckpt", str(run / "last.pt"), "--visualize", "pictures"])
+    assert (run / "metrics.json").read_bytes() == written and 0 <= metrics["accuracy"] <= 100 and len(log_of(run)) == 1
+    page, layer = Path("pictures/index.html").read_text(), metrics["layers"][0]
+    if kind == "partimagenet":
+        assert metrics["unavailable"] is None and layer["consistency"] is not None and metrics["protocol"]["parts"] == 3
+        assert "n01000001" in page
+    else:
+        assert all(layer[key] is None for key in evaluate.PART_METRICS) and layer["foreground_outside"] is None
+        assert "not available" in capsys.readouterr().out and "truly zebra v1.5" in page and "truly ant eater" in page
+
+
+def test_other_data_takes_the_presets_of_cub():
+    wanted = train.parse(["--data", "cub"])
+    for name in ("partimagenet", "/some/where/pets"):
+        o = train.parse(["--data", name])
+        assert (o.weights, o.image_size, o.epochs) == (wanted.weights, wanted.image_size, wanted.epochs) == ("vitb14_reg4", 518, 25)
+        assert o.out == f"runs/{Path(name).name}" and o.tune == wanted.tune
+
+
 # ---------------------------------------------------------------- the tuned recipe: where prototypes start, and the scaled distance
 
 def test_the_scaled_layer_divides_squared_distances_of_unit_patches_by_sqrt_d():
@@ -2162,7 +2378,7 @@ def test_foreground_is_the_middle_of_the_images_foreground(sign):
 def test_prototypes_start_in_the_patches_they_will_meet(bird_root, tmp_path):
     """Deterministic; no label, box or key point is read; concepts win patches before the first step."""
     o, starts = options(bird_root, tmp_path, "--recipe", "tuned"), []
-    dataset = data.CUB(bird_root / "CUB_200_2011", "train", "test", o.image_size)
+    dataset = data.Images(bird_root / "CUB_200_2011", "train", "test", o.image_size)
     for _ in range(2):
         dataset.labels, dataset.boxes, dataset.keypoints = dataset.labels * 0, dataset.boxes * 0, dataset.keypoints * 0
         torch.manual_seed(0)
@@ -2330,7 +2546,7 @@ def test_real_features_know_birds():
     backbone = ivpt.load_backbone(SHARED / "weights" / "vit_tiny_patch16_224.pth", 224)
     features, labels = [], []
     for split, step in (("train", 10), ("test", 25)):
-        dataset = data.CUB(SHARED / "data" / "CUB_200_2011", split, "test", 224)
+        dataset = data.Images(SHARED / "data" / "CUB_200_2011", split, "test", 224)
         picked = range(0, len(dataset), step)
         with torch.no_grad():
             features.append(F.normalize(torch.cat([backbone(dataset[i][0][None])[:, 0] for i in picked]), dim=1))
@@ -2595,7 +2811,7 @@ def test_evaluate_equals_the_protocol_written_out(tmp_path):
                              visible=[1] * 10 + [0, 1])
     for file in folder.glob("images/*.png"):
         Image.fromarray(rng.integers(0, 256, (8, 11, 3), np.uint8)).resize((90, 64)).save(file)
-    model, view, box = EvaluateConv(), *(data.CUB(folder, "test", kind, S) for kind in ("test", "box"))
+    model, view, box = EvaluateConv(), *(data.Images(folder, "test", kind, S) for kind in ("test", "box"))
     metrics = evaluate.evaluate(model, folder, S, batch_size=5, seed=seed, progress=False)
     keypoints, right, layers = torch.stack([box[i][2] for i in range(n)]), 0, range(5)
     maps = [[[] for _ in layers] for _ in range(3)]
@@ -2814,7 +3030,7 @@ def test_evaluate_command_line_writes_metrics_and_gallery(tmp_path, monkeypatch,
     run, pictures, bird = tmp_path / "run", tmp_path / "a" / "b", tmp_path / "bird.png"
     run.mkdir()
     (run / "log.jsonl").write_text('{"epoch": 0, "loss": 3.5, "note": ""}\n{"epoch": 1, "loss": 2.5}\n{"epoch": 2, "lo')
-    evaluate_checkpoint(monkeypatch, tmp_path / "data", data.CUB(folder, "test", "test", 56).classes)
+    evaluate_checkpoint(monkeypatch, tmp_path / "data", data.Images(folder, "test", "test", 56).classes)
     evaluate.main(["--ckpt", str(run / "last.pt"), "--visualize", str(pictures)])
     first = (run / "metrics.json").read_bytes()
     evaluate.main(["--ckpt", str(run / "last.pt"), "--batch-size", "3"])
@@ -2903,7 +3119,7 @@ def test_evaluate_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
         patch.setattr(evaluate.tempfile, "TemporaryFile", lambda dir: open("/proc/none", "w"))
         error = fails("--ckpt", tmp_path / "last.pt", "--image", bird_image(tmp_path / "bird.png"))
         assert f"--visualize {tmp_path}: cannot be written" in error and "a folder of yours" in error
-    evaluate_checkpoint(monkeypatch, tmp_path / "data", data.CUB(folder, "test", "test", 56).classes)
+    evaluate_checkpoint(monkeypatch, tmp_path / "data", data.Images(folder, "test", "test", 56).classes)
     for option, value, least in (("--batch-size", 0, 1), ("--workers", -1, 0), ("--seed", -1, 0)):
         assert f"{option} {value}: expected {least} or more" in fails("--ckpt", tmp_path / "last.pt", option, value)
     (folder / "images" / "3.png").write_text("broken")

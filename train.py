@@ -2,6 +2,7 @@
 
     python train.py                                    # drawn birds, no download, minutes on a laptop
     python train.py --data cub                         # the paper's run: CUB, DINOv2-B/14 reg4, 518 px
+    python train.py --data FOLDER                      # any FOLDER/train/CLASS/IMAGE and FOLDER/test/CLASS/IMAGE
     torchrun --nproc_per_node=4 train.py --data cub    # the same batch, spread over four GPUs
     python train.py --bench --weights vits14 --image-size 224 --batch-size 8
 
@@ -56,7 +57,7 @@ METHODS = {"ivpt": dict(lr=1e-2, lr_prototypes=2e-4), "vpt-deep": dict(lr=1e-2, 
 # What a data set wants where the command line is silent.
 PRESETS = {
     "toy": dict(weights="toy", image_size=112, epochs=16),
-    "cub": dict(weights="vitb14_reg4", image_size=518, epochs=25),
+    "cub": dict(weights="vitb14_reg4", image_size=518, epochs=25),  # and any other
 }
 
 
@@ -66,7 +67,7 @@ def option(default, text, **more):
 
 @dataclass
 class Options:
-    data: str = option("toy", "toy (drawn birds) or cub (CUB-200-2011)", choices=["toy", "cub"])
+    data: str = option("toy", "toy (drawn birds), cub (CUB-200-2011), partimagenet, or a folder of images: see data.py")
     data_root: str = option(None, "folder that holds the data set, or where to put it")
     out: str = option(None, "run folder (runs/DATA)")
     weights: str = option(None, "backbone: vits14, vitb14, vitl14, vitg14, each also with _reg4, or a state dict's file")
@@ -115,7 +116,8 @@ def parse(argv=None):
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind, **dict(f.metadata, help=text))
     parser.error = data.refuse
     o = Options(**vars(parser.parse_args(argv)))
-    defaults = METHODS[o.method] | RECIPES[o.recipe] | PRESETS[o.data] | dict(out=f"runs/{o.data}")
+    preset = PRESETS.get(o.data, PRESETS["cub"])
+    defaults = METHODS[o.method] | RECIPES[o.recipe] | preset | dict(out=f"runs/{Path(o.data).resolve().name}")
     if (o.weights or defaults["weights"]) == "toy":
         defaults["tune"] = "all"
     for name, value in defaults.items():
@@ -404,7 +406,7 @@ def fetch(o):
     url = ivpt.weights_url(o.weights)
     if url:
         ivpt.patch_grid(o.image_size, 14)  # a wrong size is said before a gigabyte is fetched
-    data.find(o.data, o.data_root)
+    data.Images(data.find(o.data, o.data_root), "test", "test", o.image_size)  # what the end needs is known at the start
     if url and not ivpt.weights_file(url).is_file():
         data.download(url, ivpt.weights_file(url))
 
@@ -416,14 +418,14 @@ def train(o):
     device, rank, world = start_processes(o)
     chief = rank == 0
     folder = data.find(o.data, o.data_root)
-    dataset = data.CUB(folder, "train", "train", o.image_size, o.seed)
+    dataset = data.Images(folder, "train", "train", o.image_size, o.seed)
     if len(dataset) < o.batch_size:
         raise ValueError(f"--batch-size {o.batch_size}: more than the {len(dataset)} training images of {folder}; take less")
 
     torch.manual_seed(o.seed)
     model = ivpt.build(asdict(o), len(dataset.classes)).to(device)
     if o.start == "kmeans" and not o.resume:
-        ivpt.start_prototypes(model, data.CUB(folder, "train", "test", o.image_size), o.seed)
+        ivpt.start_prototypes(model, data.Images(folder, "train", "test", o.image_size), o.seed)
     optimizer, scheduler = make_optimizer(model, o)
     start, done, sums = 0, 0, {}  # epoch, steps done in it, and what they summed up to
     if o.resume:
@@ -527,7 +529,7 @@ def train(o):
                 lines.append(json.dumps(line) + "\n")
                 save(log, "".join(lines))
             if epoch + 1 == last_stage:
-                model.eval().project(data.CUB(folder, "train", "test", o.image_size))
+                model.eval().project(data.Images(folder, "train", "test", o.image_size))
             scheduler.step()
             done, sums = 0, {}
             save_run(epoch + 1, 0, sums)
@@ -613,7 +615,7 @@ def loading(o):
     """Milliseconds an image takes to read and augment, once cached, over all workers; None without data at hand."""
     if o.data != "toy" and not o.data_root:
         return None
-    dataset = data.CUB(data.find(o.data, o.data_root), "train", "train", o.image_size)
+    dataset = data.Images(data.find(o.data, o.data_root), "train", "train", o.image_size)
     picked = range(min(8 * o.batch_size, len(dataset)))
     for _ in range(2):  # the first pass decodes
         began = time.perf_counter()
