@@ -1933,6 +1933,33 @@ def test_a_kill_while_saving_and_a_signal_to_every_process_of_a_run_cost_nothing
     assert log_of(straight) == log_of(run)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_training_with_the_op_is_training_with_the_formula(recipe, monkeypatch):
+    """Ten steps in fp64, with the op and with section 3 as one would write it down: the same losses. In fp32 and bf16 the
+    rounding of one step is in the exponents of the next, and in dozens of steps runs part whatever computes the maps."""
+    def formula(x, q, b, after, smoothing=0.0, detach_maps=False):
+        e = x.detach() if detach_maps else x
+        logits = -(e[:, None] - q[:, None]).square().sum(3)  # (B, K, N), from a tensor of B K N D numbers
+        a = (logits.softmax(1) + b).clamp(min=0) if after else (logits + b).softmax(1)
+        a = (a + smoothing) / (a + smoothing).sum(1, keepdim=True) if smoothing else a
+        r = a * F.one_hot(a.argmax(1), len(q)).transpose(1, 2)
+        return a, (r @ x) / r.sum(2, keepdim=True).clamp(min=1e-300), r.sum(2)
+
+    losses = []
+    for _ in range(2):
+        model = tiny_ivpt(recipe).double().train()
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
+        torch.manual_seed(0)
+        for _ in range(10):
+            optimizer.zero_grad()
+            terms, _ = train.Objective(model)(torch.randn(2, 3, 70, 70).double(), torch.tensor([0, 1]), data.sample_affine().double())
+            terms["loss"].backward()
+            optimizer.step()
+            losses.append(terms["loss"].item())
+        monkeypatch.setattr(ivpt, "prototype_attention", formula)
+    assert losses[:10] == pytest.approx(losses[10:], rel=1e-6)  # fp32 would give 1e-3
+
+
 def test_accumulated_parts_sum_to_the_batch(bird_root, tmp_path):
     """No loss but presence mixes images of a batch; without it, two parts of 8 give the gradient of one batch of 16."""
     o = options(bird_root, tmp_path)

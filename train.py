@@ -413,6 +413,8 @@ def fetch(o):
 
 def train(o):
     """The run that Options describe. Returns the test metrics, or an exit code where it was stopped."""
+    if o.data not in PRESETS:
+        data.find(o.data, o.data_root)  # a mistyped folder leaves no run folder behind
     last = check_run_folder(o)
     fetch(o)  # before the processes meet: their patience with each other is shorter than a download
     device, rank, world = start_processes(o)
