@@ -167,7 +167,8 @@ class Tally:
         mean square distance of its peaks from their mean; peak_spread: the mean of these. nmi, ari: the region at a
         visible key point against its part, over all of the test view, background counting as a region: the variant of
         Choudhury et al. (2021) and van der Klis et al. (2023) for birds, which have key points and no part masks, so
-        that no other patch has a true part. parts_hit: per concept, the three parts it hits in most of their images."""
+        that no other patch has a true part. parts_hit: per concept, the three parts it hits in most of their images. The last three are None where every class
+        has prototypes of its own."""
         peaks, noisy_peaks = torch.cat(self.peaks, 1)                                                     # (n, K-1, 2)
         n, concepts, _ = peaks.shape
         owner, rows = labels % len(self.maps), peaks.double().flatten(1)                                          # (n,)
@@ -191,10 +192,12 @@ class Tally:
         shares = 100 * hits.sum(0).double() / visible.sum(0).clamp(min=1)                                   # (K-1, M)
         best = shares.argsort(dim=1, descending=True, stable=True)[:, :3]
         nmi, ari = agreement(self.at_points)
+        if len(self.maps) > 1:                                              # prototype k is another one in every class
+            nmi, ari, best = None, None, best[:0]
         return result | dict(
             consistency=score, stability=stability(hits, noisy_hits, labels), constant_location=spot,
             over_constant=score - spot, random_location=chance, nmi=nmi, ari=ari,
-            parts_hit=[[[parts[m], row[m].item()] for m in top] for row, top in zip(shares, best)])
+            parts_hit=[[[parts[m], row[m].item()] for m in top] for row, top in zip(shares, best)] or None)
 
 
 PART_METRICS = "consistency stability constant_location over_constant random_location nmi ari parts_hit".split()
@@ -486,11 +489,15 @@ i{display:inline-block;width:12px;height:12px;border-radius:3px;margin:0 4px 0 8
 def explain(model, image, classes):
     """image (3, S, S) normalised -> top [(class, percent)], the five likeliest; votes [G]; regions [(h, w)] by layer.
     A coarse concept's vote is its score of the winner less that of the runner-up, over G: above zero it speaks for the
-    winner, below zero against it, and the votes sum to the margin between the two logits."""
+    winner, below zero against it, and the votes sum to the margin between the two logits. ProtoPNet's votes are those of
+    the winner's own prototypes; a last one, of all the others, completes the sum."""
     output = model(image[None].to(next(model.parameters()).device))
     chances, order = output.logits[0].float().softmax(0).sort(descending=True, stable=True)
     scores = output.logits[:0] if output.concept_logits is None else output.concept_logits[0].float()       # (G, C)
     votes = (scores[:, order[0]] - scores[:, order[:2][-1]]) / max(1, len(scores))
+    if isinstance(model, ivpt.ProtoPNet):
+        margin = (output.logits[0, order[0]] - output.logits[0, order[:2][-1]]).float()
+        votes = torch.cat([votes, (margin - votes.sum())[None]])
     return ([(classes[c], 100 * chance) for c, chance in zip(order[:5].tolist(), chances.tolist())], votes.tolist(),
             [a[0].argmax(0).cpu().numpy() for a in output.attention])
 
@@ -505,7 +512,8 @@ def words(top, votes, regions, prototypes):
     if not votes:
         return text + "its prompts do not vote: the classes are read from the cls token"
     text += f"votes of the last layer's concepts for {top[0][0]} against {top[:2][-1][0]}, in all {sum(votes):+.2f}:\n"
-    return text + "\n".join(f"concept {g} {vote:+.2f}" for g, vote in enumerate(votes, 1))
+    names = [f"concept {g}" for g in range(1, prototypes[-1])] + ["other classes' prototypes"]
+    return text + "\n".join(f"{name} {vote:+.2f}" for name, vote in zip(names, votes))
 
 
 def draw_explanation(picture, top, votes, regions, prototypes):

@@ -343,7 +343,7 @@ class Fusion(nn.Module):
 
 # ---------------------------------------------------------------- IVPT
 
-class Output(NamedTuple):
+class Output(NamedTuple):  # as IVPT fills it; the methods compared with it say in their docstrings what differs
     logits: torch.Tensor          # (B, C), the mean of the concepts' votes
     concept_logits: torch.Tensor  # (B, G, C), every coarse concept's vote; None where concepts have none (VPT-Deep)
     attention: list               # per concept layer (B, K_l, h, w), smoothed, sums to 1 over K_l, background last
@@ -380,18 +380,21 @@ class IVPT(nn.Module):
         grouping                                   region consistency alone, through the fused maps; prompts use sg(S)
         fusion norm and head                       classification and orthogonality, through the prompts
         prototypes and bias of the last layer      all but region consistency, whose target they are
+        free prompts                               classification and orthogonality
     """
 
     def __init__(self, backbone, num_classes, prototypes=(17, 14, 11, 8, 5), bias_after_softmax=True, fusion_mlp=True,
                  tune="none", scaled=False, spatial_bias=True, regions=True, cross_layer=True, fusion=True, free_prompts=0):
         super().__init__()
         prompted = len(prototypes) - 1
-        if prompted < 1 or min(prototypes) < 2 or prompted > len(backbone.blocks):
+        if not cross_layer:
+            prototypes, prompted = tuple(prototypes)[-1:], 0
+        if (cross_layer and prompted < 1) or min(prototypes) < 2 or prompted > len(backbone.blocks):
             raise ValueError(f"prototypes {tuple(prototypes)}: expected 2 to {len(backbone.blocks) + 1} numbers, each at "
                              "least 2 (one concept and the background)")
         if min(backbone.grid) < 3:
             raise ValueError(f"image size {backbone.image_size}: {backbone.grid} patches, expected at least 3 a side")
-        prototypes = tuple(prototypes) if cross_layer else tuple(prototypes)[-1:]
+        prototypes = tuple(prototypes)
         self.backbone, self.grid = backbone, backbone.grid
         self.num_classes, self.prototypes = num_classes, prototypes
         D, G, N = backbone.width, prototypes[-1] - 1, self.grid[0] * self.grid[1]
@@ -420,8 +423,8 @@ class IVPT(nn.Module):
             raise ValueError(f"images of {tuple(images.shape[2:])}: expected patches of {self.backbone.patch_size} on a grid of "
                              f"{(h, w)}, which this model's spatial biases were made for")
         graph = torch.is_grad_enabled() and backbone_graph
-        free = len(self.backbone.blocks) - len(self.fusions)  # blocks without prompts
-        learns = self.tune != "none" or self.free_prompts is not None  # or else nothing does before the first prompt
+        free = len(self.backbone.blocks) - len(self.fusions)  # blocks that no concept prompts
+        learns = self.tune != "none" or self.free_prompts is not None  # frozen and unprompted, these blocks need no graph
         with torch.set_grad_enabled(graph and learns):
             tokens = self.backbone.embed(images)
             for l, block in enumerate(self.backbone.blocks[:free]):
@@ -463,7 +466,7 @@ class VPTDeep(nn.Module):
     """VPT-Deep (Jia et al. 2022, arXiv 2203.12119): free prompts in every block, a linear head on the cls token.
 
     Nothing ties a prompt to a region. What can be looked at is where it looks itself: its attention to the patches, mean
-    over the heads, in the last five blocks. A patch is a prompt's if it gets more than an even share, 1 / T, of its
+    over the heads, in the last five blocks. A patch is a prompt's if it gets more than an even share, 1 / (T + G), of its
     attention; that even share stands for the background in Output.attention, which does not sum to 1 here.
     """
 
@@ -478,7 +481,7 @@ class VPTDeep(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, images):
-        """images (B, 3, H, W) -> Output; its attention is empty while training, which does not need it."""
+        """images (B, 3, H, W) -> Output, its features the cls token (B, 1, D); while training its attention is empty."""
         tokens, attention, blocks = self.backbone.embed(images), [], self.backbone.blocks
         for l, (block, prompts) in enumerate(zip(blocks, self.prompts)):
             prompts = prompts.expand(len(images), -1, -1)  # (B, G, D)
@@ -497,15 +500,18 @@ class ProtoPNet(nn.Module):
     An add-on layer maps patches to z in [0, 1]^d. The similarity of a patch and a prototype at squared distance d2 is
     log((d2 + 1) / (d2 + 1e-4)); the largest one in the image is the prototype's score; a last layer without bias, 1 to its
     own class and -1/2 to others, turns scores into logits. First add-on layer and prototypes learn; then prototypes are
-    projected onto training patches (project), and the last layer alone learns (last_only).
+    projected onto training patches (project), and the last layer alone learns (last_only). Footnote: the original trains
+    the backbone, too, and starts its add-on layers otherwise.
 
-    aligned: Huang et al. 2023 (arXiv 2212.05946) on top of it. Scores count for their own class alone, by learnt weights
-    that are positive and sum to m (score aggregation); train.alignment pulls z towards the spatial structure of an early
-    block (shallow-deep feature alignment). Footnote: theirs trains the backbone, too, has cosine similarities, an
-    orthogonality loss and no projection.
+    aligned: Huang et al. 2023 (arXiv 2212.05946) on top of it, without projection and last stage. Scores count for their
+    own class alone, by learnt weights that are positive and sum to m (score aggregation); train.alignment pulls z towards
+    the spatial structure of an early block (shallow-deep feature alignment). Footnote: theirs aligns the last map of a
+    backbone that is trained, where ours, frozen, can only have z aligned; its distances are cosines, and it has an
+    orthogonality loss.
 
     As in Huang et al., the maps shown and scored are those of the prototypes of the image's own class, so concept j is
-    another one in every class; there is no background, and Output.attention has similarities, not shares.
+    another one in every class; there is no background, and Output.attention has similarities, not shares. What is left of
+    the logits when the votes are summed comes from the prototypes of other classes.
     """
 
     def __init__(self, backbone, num_classes, per_class=10, width=128, tune="none", aligned=False):
@@ -515,13 +521,14 @@ class ProtoPNet(nn.Module):
         self.num_classes, self.prototypes = num_classes, (per_class + 1,)
         self.add_on = nn.Sequential(nn.Linear(backbone.width, width), nn.ReLU(), nn.Linear(width, width), nn.Sigmoid())
         self.vectors = nn.Parameter(torch.rand(num_classes * per_class, width))  # (C m, d), the prototypes
-        self.own = torch.eye(num_classes).repeat_interleave(per_class, 1)  # (C, C m), 1 where a prototype is of the class
-        self.last = nn.Parameter(torch.zeros(num_classes, per_class) if aligned else 1.5 * self.own - 0.5)
+        own = torch.eye(num_classes).repeat_interleave(per_class, 1)  # (C, C m), 1 where a prototype is of the class
+        self.register_buffer("own", own, persistent=False)
+        self.last = nn.Parameter(torch.zeros(num_classes, per_class) if aligned else 1.5 * own - 0.5)
 
     def compare(self, images):
         """images (B, 3, H, W) -> z (B, N, d), shallow (B, N, D) of an early block, squared distances d2 (B, N, C m)."""
-        tokens, prefix = None, self.backbone.prefix
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.tune != "none"):
+        prefix = self.backbone.prefix
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.tune != "none" and not self.last_only):
             tokens = self.backbone.embed(images)
             for l, block in enumerate(self.backbone.blocks):
                 tokens = block(tokens)
@@ -535,9 +542,9 @@ class ProtoPNet(nn.Module):
 
     def class_weights(self):
         """(C, C m): what a prototype's score adds to a class's logit."""
-        own, m = self.own.to(self.last.device), self.prototypes[0] - 1
-        weights = own * (m * self.last.softmax(1)).flatten() if self.aligned else self.last
-        return weights if self.last_only or self.aligned else weights.detach()
+        if self.aligned:
+            return self.own * ((self.prototypes[0] - 1) * self.last.softmax(1)).flatten()
+        return self.last if self.last_only else self.last.detach()
 
     def read(self, d2, labels=None):
         """Squared distances (B, N, C m) -> Output, with the maps of the prototypes of labels (B); None: of the predictions."""
@@ -545,11 +552,13 @@ class ProtoPNet(nn.Module):
         similarity = ((d2 + 1) / (d2 + 1e-4)).log().transpose(1, 2)  # (B, C m, N)
         scores = similarity.amax(2)  # (B, C m)
         scores, weights = scores.detach() if self.last_only else scores, self.class_weights()
-        votes = m * torch.einsum("bkj,ckj->bjc", scores.unflatten(1, (C, m)), weights.unflatten(1, (C, m)))  # (B, m, C)
-        logits = votes.mean(1)
-        labels = logits.argmax(1) if labels is None else labels
-        maps = similarity.unflatten(1, (C, m))[torch.arange(B, device=d2.device), labels]  # (B, m, N)
+        with torch.autocast(d2.device.type, enabled=False):  # classes differ by less than bf16 tells apart at such logits
+            logits = scores @ weights.T
+        labels, each = logits.argmax(1) if labels is None else labels, torch.arange(B, device=d2.device)
+        maps = similarity.unflatten(1, (C, m))[each, labels]  # (B, m, N)
         maps = torch.cat([maps, torch.zeros_like(maps[:, :1])], dim=1)  # similarities are above 0: no patch is background
+        own = weights.unflatten(1, (C, m))[:, labels].permute(1, 2, 0)  # (B, m, C), the weights of those prototypes
+        votes = m * scores.unflatten(1, (C, m))[each, labels][..., None] * own
         return Output(logits, votes, [maps.unflatten(2, self.grid)], [], [], self.vectors.expand(B, -1, -1))
 
     def forward(self, images, labels=None):

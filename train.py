@@ -50,10 +50,15 @@ import model as ivpt
 RECIPES = {"paper": dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5, start="noise", distance="euclidean")}
 RECIPES["released"] = RECIPES["paper"] | dict(bias="inside", fusion="linear", tune="tokens", lr_bias=2e-4)
 RECIPES["tuned"] = RECIPES["paper"] | dict(start="kmeans", distance="scaled")  # ours
-# The rates at which a method's heads (lr) and its prototypes, prompts and tuned tokens (lr_prototypes) learn, at batch 16.
-METHODS = {"ivpt": dict(lr=1e-2, lr_prototypes=2e-4), "vpt-deep": dict(lr=1e-2, lr_prototypes=1e-2),
+# The rates of a method: lr for heads and free prompts, lr_prototypes for prototypes, tuned tokens and add-on layers. IVPT's
+# are the paper's, ProtoPNet's and Huang et al.'s those of their programs, but for ProtoPNet's last layer; VPT's prompts did
+# as well with 2e-4 as with 1e-2 on a validation split. Then the options that mean nothing to a method.
+METHODS = {"ivpt": dict(lr=1e-2, lr_prototypes=2e-4), "vpt-deep": dict(lr=1e-2, lr_prototypes=2e-4),
            "vpt-deep-proto": dict(lr=1e-2, lr_prototypes=2e-4), "protopnet": dict(lr=1e-2, lr_prototypes=3e-3),
-           "huang": dict(lr=1e-2, lr_prototypes=3e-3)}
+           "huang": dict(lr=1e-6, lr_prototypes=3e-3)}
+MEANINGLESS = {"ivpt": (), "vpt-deep-proto": ("fusion", "no_cross_layer", "no_fusion")}
+MEANINGLESS |= dict.fromkeys(("vpt-deep", "protopnet", "huang"), (
+    "recipe", "bias", "lr_bias", "fusion", "start", "distance", "prototypes", "no_bias", "no_regions", "no_cross_layer", "no_fusion"))
 # What a data set wants where the command line is silent.
 PRESETS = {
     "toy": dict(weights="toy", image_size=112, epochs=16),
@@ -90,8 +95,8 @@ class Options:
     epochs: int = option(None, "passes over the training images; the rates halve every four (25; 16 for toy)")
     batch_size: int = option(16, "images in one optimiser step, over all processes and accumulated parts")
     accumulate: int = option(1, "parts each batch is computed in; raise it when memory runs out")
-    lr: float = option(None, "learning rate of class head, grouping, fusion and head LayerNorm, at batch 16 (1e-2)")
-    lr_prototypes: float = option(None, "learning rate of prototypes, free prompts and tuned tokens, at batch 16 (by method)")
+    lr: float = option(None, "learning rate of class head, grouping, fusion, head LayerNorm and free prompts, at batch 16 (by method; 1e-2)")
+    lr_prototypes: float = option(None, "learning rate of prototypes, tuned tokens and ProtoPNet's add-on layers, at batch 16 (by method; 2e-4)")
     lr_bias: float = option(None, "learning rate of the spatial biases (by recipe); if it is high, regions stop following the bird: see the spread")
     lr_backbone: float = option(5e-4, "learning rate of the backbone where --tune all trains it")
     seed: int = option(42, "seeds weights, order, augmentation and noise")
@@ -117,12 +122,17 @@ def parse(argv=None):
     parser.error = data.refuse
     o = Options(**vars(parser.parse_args(argv)))
     preset = PRESETS.get(o.data, PRESETS["cub"])
+    for f in fields(Options):
+        if f.name in MEANINGLESS[o.method] and getattr(o, f.name) != f.default:
+            raise ValueError(f"--{f.name.replace('_', '-')}: means nothing to --method {o.method}; leave it out")
     defaults = METHODS[o.method] | RECIPES[o.recipe] | preset | dict(out=f"runs/{Path(o.data).resolve().name}")
     if (o.weights or defaults["weights"]) == "toy":
         defaults["tune"] = "all"
     for name, value in defaults.items():
         if getattr(o, name) is None:
             setattr(o, name, value)
+    for name in {"recipe", "bias", "lr_bias", "fusion", "start", "distance"} & {*MEANINGLESS[o.method]}:
+        setattr(o, name, None)  # nor does metrics.json tell of it
     o.prototypes = tuple(o.prototypes)
     o.device = o.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_options(o)
@@ -145,12 +155,10 @@ def check_options(o):
         raise ValueError(f"--device {o.device}: expected cpu or cuda; choose a GPU by CUDA_VISIBLE_DEVICES")
     if o.device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
         raise ValueError(f"--device cuda: {torch.cuda.device_count()} GPUs found; take --device cpu, or start fewer processes")
-    has_concepts, taken = o.method in ("ivpt", "vpt-deep-proto"), ("no_bias", "no_regions", "no_cross_layer", "no_fusion")
-    for name in taken[0 if not has_concepts else 2 if o.method != "ivpt" else 4:]:
-        if getattr(o, name):
-            raise ValueError(f"--{name.replace('_', '-')}: --method {o.method} has nothing of the kind; leave it out")
-    if o.start == "kmeans" and not has_concepts:
-        raise ValueError(f"--start kmeans (--recipe tuned): --method {o.method} has no class-agnostic prototypes; take --start noise")
+    if o.tune == "tokens" and "recipe" in MEANINGLESS[o.method]:
+        raise ValueError(f"--tune tokens: only --method ivpt and vpt-deep-proto have a rate for them; take none or all")
+    if o.method == "protopnet" and o.epochs < 2:
+        raise ValueError(f"--epochs {o.epochs}: --method protopnet needs at least 2, the second for its last layer")
     if o.weights == "toy" and o.tune != "all" and not o.bench:
         raise ValueError(f"--tune {o.tune}: the toy ViT has no pretrained file to stay frozen at; take --tune all")
 
@@ -225,13 +233,13 @@ def cluster(d2, labels):
 
 def separation(d2, labels):
     """And none near those of other classes: minus the smallest distance."""
-    others = F.one_hot(labels, d2.shape[2]).bool()[:, :, None]  # (B, C, 1)
-    return -d2.amin(1).masked_fill(others, math.inf).amin((1, 2)).mean()
+    own = F.one_hot(labels, d2.shape[2]).bool()[:, :, None]  # (B, C, 1)
+    return -d2.amin(1).masked_fill(own, math.inf).amin((1, 2)).mean()
 
 
 def last_layer(model):
     """L1 of what prototypes say of other classes than their own."""
-    return (model.last * (1 - model.own.to(model.last.device))).abs().sum()
+    return (model.last * (1 - model.own)).abs().sum()
 
 
 def alignment(z, shallow, d2, labels, slack=0.1):
@@ -241,7 +249,8 @@ def alignment(z, shallow, d2, labels, slack=0.1):
     cosines = []
     for e in (z, ivpt.wide(shallow)):
         e = F.normalize(e, dim=2)
-        cosines.append(e.gather(1, peaks[..., None].expand(-1, -1, e.shape[2])) @ e.transpose(1, 2))  # (B, m, N)
+        with torch.autocast(e.device.type, enabled=False):
+            cosines.append(e.gather(1, peaks[..., None].expand(-1, -1, e.shape[2])) @ e.transpose(1, 2))  # (B, m, N)
     return F.relu((cosines[0] - cosines[1]).abs() - slack).mean()
 
 
@@ -309,7 +318,7 @@ def make_optimizer(model, o):
             groups["lr_backbone" if o.tune == "all" else "lr_prototypes"].append(p)
         elif name.startswith("concepts.") and name.endswith("bias"):
             groups["lr_bias"].append(p)
-        elif name.startswith(("concepts.", "free_prompts", "prompts", "add_on.", "vectors")):
+        elif name.startswith(("concepts.", "add_on.", "vectors")):
             groups["lr_prototypes"].append(p)
         else:
             groups["lr"].append(p)
@@ -352,7 +361,8 @@ def load_run(path, o, classes):
     checkpoint = ivpt.read_checkpoint(path)
     if lack := {"optimizer", "scheduler", "epoch", "step", "sums", "random"} - checkpoint.keys():
         raise ValueError(f"--resume: {path} holds no {' and no '.join(sorted(lack))}; take a last.pt as train.py wrote it")
-    free = {"resume", "overwrite", "device", "workers", "data_root", "out", "weights", "amp", "compile", "bench", "epochs"}
+    free = {"resume", "overwrite", "device", "workers", "data", "data_root", "out", "weights", "amp", "compile", "bench"}
+    free |= {"epochs"} if o.method != "protopnet" else set()  # its last stage is counted from the end
     for name, value in asdict(o).items():
         found = checkpoint["options"].get(name)
         if name not in free and found != value:
@@ -424,6 +434,9 @@ def train(o):
     if len(dataset) < o.batch_size:
         raise ValueError(f"--batch-size {o.batch_size}: more than the {len(dataset)} training images of {folder}; take less")
 
+    if len(dataset.classes) < 2:
+        raise ValueError(f"{folder}: one class only; expected at least two to tell apart")
+
     torch.manual_seed(o.seed)
     model = ivpt.build(asdict(o), len(dataset.classes)).to(device)
     if o.start == "kmeans" and not o.resume:
@@ -442,7 +455,7 @@ def train(o):
     step_module = objective
     if world > 1:  # ProtoPNet's last layer learns alone, at the end
         step_module = DistributedDataParallel(objective, [device] if device.type == "cuda" else None,
-                                              find_unused_parameters=isinstance(model, ivpt.ProtoPNet))
+                                              find_unused_parameters=o.method == "protopnet")
     if o.compile:
         step_module = torch.compile(step_module)
     torch.manual_seed(o.seed + rank)  # from here on every rank has noise of its own
@@ -475,7 +488,7 @@ def train(o):
                 sums=sums, model=ivpt.trained_state(model), fingerprint=fingerprint, optimizer=optimizer.state_dict(),
                 scheduler=scheduler.state_dict(), random=states))
 
-    last_stage = o.epochs - min(5, o.epochs // 2) if isinstance(model, ivpt.ProtoPNet) else None  # its last layer's epochs
+    last_stage = o.epochs - min(5, o.epochs // 2) if o.method == "protopnet" else None  # the last layer's first epoch
     stop, bad_in_a_row, steps = [], 0, len(dataset) // o.batch_size
     handlers = {number: signal.signal(number, lambda n, frame: stop.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
     with tqdm(total=steps * o.epochs, initial=steps * start + done, disable=None if chief else True, unit="step") as progress:
@@ -514,9 +527,9 @@ def train(o):
                     bad_in_a_row = 0
                     optimizer.step()
                     sums = {name: sums.get(name, 0) + value for name, value in dict(values, steps=1).items()}
-                if bad_in_a_row == 3:
+                if bad_in_a_row in (3, steps):
                     kept = f"{last} keeps the last good state" if last.is_file() else "nothing was saved yet"
-                    tqdm.write(f"error: three such batches in a row; {kept}; lower --lr, or take --no-amp", file=sys.stderr)
+                    tqdm.write(f"error: {bad_in_a_row} such batches in a row; {kept}; lower --lr, or take --no-amp", file=sys.stderr)
                     return 4
                 progress.set_postfix(epoch=epoch, loss=f"{values['loss']:.3f}", refresh=False)
                 progress.update()
@@ -615,7 +628,7 @@ def bench(o):
 
 def loading(o):
     """Milliseconds an image takes to read and augment, once cached, over all workers; None without data at hand."""
-    if o.data != "toy" and not o.data_root:
+    if o.data in ("cub", "partimagenet") and not o.data_root:
         return None
     dataset = data.Images(data.find(o.data, o.data_root), "train", "train", o.image_size)
     picked = range(min(8 * o.batch_size, len(dataset)))
