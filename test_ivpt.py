@@ -2263,7 +2263,7 @@ def test_what_each_method_learns(method):
 
 
 @pytest.mark.parametrize("method, lr, slow", [
-    ("vpt-deep", 1e-2, None), ("vpt-deep-proto", 1e-2, 2e-4), ("protopnet", 1e-2, 3e-3), ("huang", 1e-6, 3e-3)])
+    ("vpt-deep", 1e-2, 2e-4), ("vpt-deep-proto", 1e-2, 2e-4), ("protopnet", 1e-2, 3e-3), ("huang", 1e-6, 3e-3)])
 def test_the_rates_of_each_method(method, lr, slow, bird_root, tmp_path):
     o = options(bird_root, tmp_path, "--method", method)
     model = ivpt.build(asdict(o), 10)
@@ -2271,7 +2271,7 @@ def test_the_rates_of_each_method(method, lr, slow, bird_root, tmp_path):
     rates = {names[p]: group["lr"] for group in train.make_optimizer(model, o)[0].param_groups for p in group["params"]}
     for name, rate in rates.items():
         if not name.startswith("backbone.") and not (name.startswith("concepts") and name.endswith("bias")):
-            assert rate == (slow if name.startswith(("concepts", "add_on", "vectors")) else lr), name
+            assert rate == (slow if name.startswith(("concepts", "free_prompts", "prompts", "add_on", "vectors")) else lr), name
 
 
 def test_projection_puts_every_prototype_on_a_patch_of_its_class(bird_root):

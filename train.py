@@ -50,9 +50,10 @@ import model as ivpt
 RECIPES = {"paper": dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5, start="noise", distance="euclidean")}
 RECIPES["released"] = RECIPES["paper"] | dict(bias="inside", fusion="linear", tune="tokens", lr_bias=2e-4)
 RECIPES["tuned"] = RECIPES["paper"] | dict(start="kmeans", distance="scaled")  # ours
-# The rates of a method: lr for heads and free prompts, lr_prototypes for prototypes, tuned tokens and add-on layers. IVPT's
-# are the paper's, ProtoPNet's and Huang et al.'s those of their programs, but for ProtoPNet's last layer; VPT's prompts did
-# as well with 2e-4 as with 1e-2 on a validation split. Then the options that mean nothing to a method.
+# The rates of a method: lr for heads, lr_prototypes for prototypes, prompts, tuned tokens and add-on layers. IVPT's are the
+# paper's, ProtoPNet's and Huang et al.'s those of their programs, but for ProtoPNet's last layer; prompts learn like tuned
+# tokens: with 1e-2 one run did no better on a validation split, and one learnt nothing for four epochs. Then the options
+# that mean nothing to a method.
 METHODS = {"ivpt": dict(lr=1e-2, lr_prototypes=2e-4), "vpt-deep": dict(lr=1e-2, lr_prototypes=2e-4),
            "vpt-deep-proto": dict(lr=1e-2, lr_prototypes=2e-4), "protopnet": dict(lr=1e-2, lr_prototypes=3e-3),
            "huang": dict(lr=1e-6, lr_prototypes=3e-3)}
@@ -95,8 +96,8 @@ class Options:
     epochs: int = option(None, "passes over the training images; the rates halve every four (25; 16 for toy)")
     batch_size: int = option(16, "images in one optimiser step, over all processes and accumulated parts")
     accumulate: int = option(1, "parts each batch is computed in; raise it when memory runs out")
-    lr: float = option(None, "learning rate of class head, grouping, fusion, head LayerNorm and free prompts, at batch 16 (by method; 1e-2)")
-    lr_prototypes: float = option(None, "learning rate of prototypes, tuned tokens and ProtoPNet's add-on layers, at batch 16 (by method; 2e-4)")
+    lr: float = option(None, "learning rate of class head, grouping, fusion, head LayerNorm, at batch 16 (by method; 1e-2)")
+    lr_prototypes: float = option(None, "learning rate of prototypes, prompts, tuned tokens and add-on layers, at batch 16 (by method; 2e-4)")
     lr_bias: float = option(None, "learning rate of the spatial biases (by recipe); if it is high, regions stop following the bird: see the spread")
     lr_backbone: float = option(5e-4, "learning rate of the backbone where --tune all trains it")
     seed: int = option(42, "seeds weights, order, augmentation and noise")
@@ -318,7 +319,7 @@ def make_optimizer(model, o):
             groups["lr_backbone" if o.tune == "all" else "lr_prototypes"].append(p)
         elif name.startswith("concepts.") and name.endswith("bias"):
             groups["lr_bias"].append(p)
-        elif name.startswith(("concepts.", "add_on.", "vectors")):
+        elif name.startswith(("concepts.", "free_prompts", "prompts", "add_on.", "vectors")):
             groups["lr_prototypes"].append(p)
         else:
             groups["lr"].append(p)
