@@ -28,16 +28,16 @@ import data
 import model as ivpt
 
 FRAME, HALF_SIZE, THRESHOLD = 224, 36, 0.8  # side of the metrics' frame, half a region, consistent from here on
-METHOD = "method recipe bias fusion tune start distance no_bias no_regions no_cross_layer no_fusion".split()
+METHOD = "method recipe bias fusion tune start distance no_bias no_regions no_cross_layer no_fusion".split()  # what metrics.json tells of a run
 NOISE_STD, NOISE_CLIP, RANDOM_DRAWS = 0.2, 0.25, 10  # of the noise on the normalised image; of the random control
 
 
 # ---- 1. The metrics: from maps to peaks, from peaks to hit parts, from hits to percentages ---------------------------
 def find_peaks(maps):
     """maps (n, K, h, w) -> (n, K, 2): x, y of each map's first maximum, row by row, once upsampled to FRAME x FRAME.
-    Bicubic with half-pixel centres, in fp64 and rounded to fp32, so that equal patches tie exactly: U = Wy A Wx'. The
-    rows of Wx sum to 1 with at most `negative` below zero, so row y of U stays under max + negative (max - min) of
-    (Wy A)[y]. A row bounded below the best row's maximum cannot hold the peak and is not computed; few are."""
+    That is the argmax of U = Wy A Wx', bicubic with half-pixel centres, in fp64 and rounded to fp32, so that equal patches
+    tie exactly. The rest saves time: the rows of Wx sum to 1 with at most `negative` below zero, so row y of U stays under
+    max + negative (max - min) of (Wy A)[y]. A row bounded below the best row's maximum cannot hold the peak and is not computed; few are."""
     n, K, h, w = maps.shape
     if n > 8:                                                               # what fits the cache is faster
         return torch.cat([find_peaks(part) for part in maps.split(8)])
@@ -167,8 +167,8 @@ class Tally:
         mean square distance of its peaks from their mean; peak_spread: the mean of these. nmi, ari: the region at a
         visible key point against its part, over all of the test view, background counting as a region: the variant of
         Choudhury et al. (2021) and van der Klis et al. (2023) for birds, which have key points and no part masks, so
-        that no other patch has a true part. parts_hit: per concept, the three parts it hits in most of their images. The last three are None where every class
-        has prototypes of its own."""
+        that no other patch has a true part. parts_hit: per concept, the three parts it hits in most of their images. The
+        last three are None where every class has prototypes of its own."""
         peaks, noisy_peaks = torch.cat(self.peaks, 1)                                                     # (n, K-1, 2)
         n, concepts, _ = peaks.shape
         owner, rows = labels % len(self.maps), peaks.double().flatten(1)                                          # (n,)
@@ -349,7 +349,7 @@ class Gallery:
     def add(self, output, batch):
         """A claim is a prototype's attention, summed over the patches it wins. Groups of empty regions do not count."""
         regions = [a.argmax(1).cpu() for a in output.attention]                                             # (B, h, w)
-        self.groups = self.groups or [torch.zeros(S.shape[1:], dtype=torch.float64) for S in output.groups]
+        self.groups = self.groups or [torch.zeros(group.shape[1:], dtype=torch.float64) for group in output.groups]
         for l, (a, region) in enumerate(zip(output.attention, regions)):
             K = a.shape[1] - 1
             won = region == torch.arange(K)[:, None, None, None]                                       # (K-1, B, h, w)

@@ -9,7 +9,7 @@ puts a concept layer before each of the last four blocks and one at the output. 
 follow, on the same ViT: VPT-Deep, ProtoPNet and Huang et al. Letters in shapes, in every file:
 
     B images   T tokens   N = h*w patches   D width   K prototypes of a layer, the background last
-    G coarse concepts = prototypes of the last layer without its background   C classes
+    G coarse concepts = prototypes of the last layer without its background   C classes   M parts   S image side
 """
 import hashlib
 import math
@@ -55,10 +55,10 @@ class Attention(nn.Module):
         return self.qkv(x).view(B, T, 3, self.heads, 64).permute(2, 0, 3, 1, 4)  # q, k, v: each (B, heads, T, 64)
 
     def look(self, x, prompts):
-        """Where prompts (B, G, D) look: their attention to the tokens x (B, T, D), mean over the heads -> (B, G, T)."""
+        """For VPT-Deep's maps alone: attention of prompts (B, G, D) to the tokens x (B, T, D), mean over heads -> (B, G, T)."""
         q, k = self.heads_of(prompts)[0], self.heads_of(torch.cat([x, prompts], dim=1))[1]
         with torch.autocast(x.device.type, enabled=False):
-            return (wide(q) @ wide(k).transpose(2, 3) * 0.125).softmax(-1).mean(1)[:, :, :x.shape[1]]
+            return (wide(q) @ wide(k).transpose(2, 3) * 0.125).softmax(-1).mean(1)[:, :, :x.shape[1]]  # 0.125 = 64 ** -0.5
 
     def forward(self, x, prompts=None):
         """x (B, T, D) attends to itself and to the prompts (B, G, D), of which only keys and values are needed."""
@@ -67,7 +67,7 @@ class Attention(nn.Module):
             _, more_k, more_v = self.heads_of(prompts)
             k, v = torch.cat([k, more_k], dim=2), torch.cat([v, more_v], dim=2)  # (B, heads, T + G, 64)
         if x.device.type == "cpu" and q.dtype == torch.bfloat16:  # there two matmuls take half the fused call's time
-            y = (q * 0.125 @ k.transpose(2, 3)).softmax(-1) @ v  # 0.125 = 64 ** -0.5
+            y = (q * 0.125 @ k.transpose(2, 3)).softmax(-1) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v)
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
@@ -291,7 +291,11 @@ def _check_shapes(ours, theirs, what):
 # ---------------------------------------------------------------- the concept layer and the fusion
 
 class ConceptLayer(nn.Module):
-    """Concept region discovery and intra-region aggregation: K class-agnostic prototypes claim N patches."""
+    """K class-agnostic prototypes q_k claim N patches e; the maths once more, the kernel and the gradients: kernels.py.
+
+    Concept region discovery: a_k = softmax over k of the logits -|e - q_k|^2, with a bias b_k for every position.
+    Intra-region aggregation: p_k = sum(a_k e) / sum(a_k) over the patches where a_k is the largest of all a.
+    """
 
     def __init__(self, K, width, N, bias_after_softmax, scaled, spatial_bias, regions):
         super().__init__()
@@ -306,7 +310,7 @@ class ConceptLayer(nn.Module):
     def forward(self, patches, smoothing=0.0, detach_maps=False):
         """patches (B, N, D) -> attention (B, K, N), pooled (B, K, D), mass (B, K), the summed attention of each region."""
         patches, prototypes = self.prepared(patches), self.prototypes
-        if self.scaled:  # |e - q|^2 is in the hundreds, the shares 0 or 1; over sqrt(D), as in attention, they are soft
+        if self.scaled:  # D^-1/4 on both divides |e - q|^2 by sqrt(D), as in attention: soft shares, not 0 or 1
             patches, prototypes = patches * patches.shape[-1] ** -0.25, prototypes * patches.shape[-1] ** -0.25
         attention, pooled, mass = prototype_attention(patches, prototypes, self.bias, self.bias_after_softmax,
                                                       smoothing=smoothing, detach_maps=detach_maps)
@@ -344,8 +348,8 @@ class Fusion(nn.Module):
 # ---------------------------------------------------------------- IVPT
 
 class Output(NamedTuple):  # as IVPT fills it; the methods compared with it say in their docstrings what differs
-    logits: torch.Tensor          # (B, C), the mean of the concepts' votes
-    concept_logits: torch.Tensor  # (B, G, C), every coarse concept's vote; None where concepts have none (VPT-Deep)
+    logits: torch.Tensor          # (B, C), the mean of the concepts' class scores
+    concept_logits: torch.Tensor  # (B, G, C), every coarse concept's class scores; None where it has none (VPT-Deep)
     attention: list               # per concept layer (B, K_l, h, w), smoothed, sums to 1 over K_l, background last
     groups: list                  # per prompted layer (B, K_l - 1, G)
     fused: list                   # per prompted layer (B, G + 1, h, w), background last
@@ -359,6 +363,12 @@ def tune_backbone(backbone, tune):
     tokens = ("cls_token", "register_tokens", "pos_embed")
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad = name != "mask_token" and (tune == "all" or (tune == "tokens" and name in tokens))
+
+
+def new_prompts(blocks, count, backbone):
+    """Free prompts (blocks, count, D), started as in VPT: uniform, with the variance that Xavier gives a patch embedding."""
+    bound = math.sqrt(6 / (3 * backbone.patch_size ** 2 + backbone.width))
+    return nn.Parameter(torch.empty(blocks, count, backbone.width).uniform_(-bound, bound))
 
 
 class IVPT(nn.Module):
@@ -377,7 +387,7 @@ class IVPT(nn.Module):
 
     Who learns from what; every stop-gradient (sg) below is meant:
         prototypes and biases of prompted layers   the six losses on maps: what they pool for the prompts is under sg
-        grouping                                   region consistency alone, through the fused maps; prompts use sg(S)
+        grouping                                   region consistency alone, through the fused maps; prompts use sg(groups)
         fusion norm and head                       classification and orthogonality, through the prompts
         prototypes and bias of the last layer      all but region consistency, whose target they are
         free prompts                               classification and orthogonality
@@ -386,17 +396,15 @@ class IVPT(nn.Module):
     def __init__(self, backbone, num_classes, prototypes=(17, 14, 11, 8, 5), bias_after_softmax=True, fusion_mlp=True,
                  tune="none", scaled=False, spatial_bias=True, regions=True, cross_layer=True, fusion=True, free_prompts=0):
         super().__init__()
+        prototypes = tuple(prototypes) if cross_layer else tuple(prototypes)[-1:]
         prompted = len(prototypes) - 1
-        if not cross_layer:
-            prototypes, prompted = tuple(prototypes)[-1:], 0
         if (cross_layer and prompted < 1) or min(prototypes) < 2 or prompted > len(backbone.blocks):
-            raise ValueError(f"prototypes {tuple(prototypes)}: expected 2 to {len(backbone.blocks) + 1} numbers, each at "
+            raise ValueError(f"prototypes {prototypes}: expected 2 to {len(backbone.blocks) + 1} numbers, each at "
                              "least 2 (one concept and the background)")
         if min(backbone.grid) < 3:
             raise ValueError(f"image size {backbone.image_size}: {backbone.grid} patches, expected at least 3 a side")
-        prototypes = tuple(prototypes)
         self.backbone, self.grid = backbone, backbone.grid
-        self.num_classes, self.prototypes = num_classes, prototypes
+        self.num_classes, self.prototypes = num_classes, prototypes  # counts; the vectors are ConceptLayer's
         D, G, N = backbone.width, prototypes[-1] - 1, self.grid[0] * self.grid[1]
         tune_backbone(backbone, tune)
         self.tune = tune
@@ -435,15 +443,15 @@ class IVPT(nn.Module):
             patches = self.backbone.norm(tokens[:, self.backbone.prefix:]).detach()  # e = LN(sg(x_l)), (B, N, D)
             a, pooled, mass = concept(patches)
             a = (a + SMOOTHING) / (a + SMOOTHING).sum(1, keepdim=True)  # (B, K, N)
-            prompts, S = fusion(pooled[:, :-1].detach(), mass[:, :-1].detach())  # sg: a prompt does not move its own regions
+            prompts, group = fusion(pooled[:, :-1].detach(), mass[:, :-1].detach())  # sg: a prompt does not move its own regions
             with torch.set_grad_enabled(graph):
                 tokens = block(tokens, prompts)
             attention.append(a.unflatten(2, (h, w)))
-            if S is None:
+            if group is None:
                 continue
-            groups.append(S)
+            groups.append(group)
             with torch.autocast(a.device.type, enabled=False):  # shares that sum to 1 must not be rounded to bf16
-                fused.append(torch.cat([S.transpose(1, 2) @ a[:, :-1], a[:, -1:]], dim=1).unflatten(2, (h, w)))
+                fused.append(torch.cat([group.transpose(1, 2) @ a[:, :-1], a[:, -1:]], dim=1).unflatten(2, (h, w)))
 
         with torch.set_grad_enabled(graph):
             x = self.backbone.norm(tokens[:, self.backbone.prefix:])  # with gradient: what the classes are read from
@@ -455,12 +463,6 @@ class IVPT(nn.Module):
 
 
 # ---------------------------------------------------------------- the methods that IVPT is compared with
-
-def new_prompts(blocks, G, backbone):
-    """Free prompts (blocks, G, D), started as in VPT: uniform, with the variance that Xavier gives a patch embedding."""
-    bound = math.sqrt(6 / (3 * backbone.patch_size ** 2 + backbone.width))
-    return nn.Parameter(torch.empty(blocks, G, backbone.width).uniform_(-bound, bound))
-
 
 class VPTDeep(nn.Module):
     """VPT-Deep (Jia et al. 2022, arXiv 2203.12119): free prompts in every block, a linear head on the cls token.
@@ -510,15 +512,15 @@ class ProtoPNet(nn.Module):
     orthogonality loss.
 
     As in Huang et al., the maps shown and scored are those of the prototypes of the image's own class, so concept j is
-    another one in every class; there is no background, and Output.attention has similarities, not shares. What is left of
-    the logits when the votes are summed comes from the prototypes of other classes.
+    another one in every class; there is no background, and Output.attention has similarities, not shares. What the
+    mean of Output.concept_logits lacks to the logits comes from the prototypes of other classes.
     """
 
     def __init__(self, backbone, num_classes, per_class=10, width=128, tune="none", aligned=False):
         super().__init__()
         tune_backbone(backbone, tune)
         self.backbone, self.grid, self.tune, self.aligned, self.last_only = backbone, backbone.grid, tune, aligned, False
-        self.num_classes, self.prototypes = num_classes, (per_class + 1,)
+        self.num_classes, self.prototypes = num_classes, (per_class + 1,)  # counts, as in IVPT: read() appends a background
         self.add_on = nn.Sequential(nn.Linear(backbone.width, width), nn.ReLU(), nn.Linear(width, width), nn.Sigmoid())
         self.vectors = nn.Parameter(torch.rand(num_classes * per_class, width))  # (C m, d), the prototypes
         own = torch.eye(num_classes).repeat_interleave(per_class, 1)  # (C, C m), 1 where a prototype is of the class
@@ -558,8 +560,8 @@ class ProtoPNet(nn.Module):
         maps = similarity.unflatten(1, (C, m))[each, labels]  # (B, m, N)
         maps = torch.cat([maps, torch.zeros_like(maps[:, :1])], dim=1)  # similarities are above 0: no patch is background
         own = weights.unflatten(1, (C, m))[:, labels].permute(1, 2, 0)  # (B, m, C), the weights of those prototypes
-        votes = m * scores.unflatten(1, (C, m))[each, labels][..., None] * own
-        return Output(logits, votes, [maps.unflatten(2, self.grid)], [], [], self.vectors.expand(B, -1, -1))
+        concept_logits = m * scores.unflatten(1, (C, m))[each, labels][..., None] * own
+        return Output(logits, concept_logits, [maps.unflatten(2, self.grid)], [], [], self.vectors.expand(B, -1, -1))
 
     def forward(self, images, labels=None):
         return self.read(self.compare(images)[2], labels)

@@ -50,13 +50,12 @@ import model as ivpt
 RECIPES = {"paper": dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5, start="noise", distance="euclidean")}
 RECIPES["released"] = RECIPES["paper"] | dict(bias="inside", fusion="linear", tune="tokens", lr_bias=2e-4)
 RECIPES["tuned"] = RECIPES["paper"] | dict(start="kmeans", distance="scaled")  # ours
-# The rates of a method: lr for heads, lr_prototypes for prototypes, prompts, tuned tokens and add-on layers. IVPT's are the
-# paper's, ProtoPNet's and Huang et al.'s those of their programs, but for ProtoPNet's last layer; prompts learn like tuned
-# tokens: with 1e-2 one run did no better on a validation split, and one learnt nothing for four epochs. Then the options
-# that mean nothing to a method.
+# Rates by method: IVPT's are the paper's, the rivals' those of their programs, but for ProtoPNet's last layer. Prompts learn
+# like tuned tokens: with 1e-2, one run learnt nothing for four epochs and one gained nothing on a validation split.
 METHODS = {"ivpt": dict(lr=1e-2, lr_prototypes=2e-4), "vpt-deep": dict(lr=1e-2, lr_prototypes=2e-4),
            "vpt-deep-proto": dict(lr=1e-2, lr_prototypes=2e-4), "protopnet": dict(lr=1e-2, lr_prototypes=3e-3),
            "huang": dict(lr=1e-6, lr_prototypes=3e-3)}
+# Options that mean nothing to a method.
 MEANINGLESS = {"ivpt": (), "vpt-deep-proto": ("fusion", "no_cross_layer", "no_fusion")}
 MEANINGLESS |= dict.fromkeys(("vpt-deep", "protopnet", "huang"), (
     "recipe", "bias", "lr_bias", "fusion", "start", "distance", "prototypes", "no_bias", "no_regions", "no_cross_layer", "no_fusion"))
@@ -74,10 +73,10 @@ def option(default, text, **more):
 @dataclass
 class Options:
     data: str = option("toy", "toy (drawn birds), cub (CUB-200-2011), partimagenet, or a folder of images: see data.py")
-    data_root: str = option(None, "folder that holds the data set, or where to put it")
+    data_root: str = option(None, "folder that holds the data set, or where to put it (~/.cache/ivpt)")
     out: str = option(None, "run folder (runs/DATA)")
-    weights: str = option(None, "backbone: vits14, vitb14, vitl14, vitg14, each also with _reg4, or a state dict's file")
-    image_size: int = option(None, "side of the square input in pixels, divisible by the patch")
+    weights: str = option(None, "backbone: vits14, vitb14, vitl14, vitg14, each also with _reg4, or a state dict's file (vitb14_reg4; toy for toy)")
+    image_size: int = option(None, "side of the square input in pixels, divisible by the patch (518; 112 for toy)")
     method: str = option("ivpt", "ivpt, or what it is compared with (see model.py)", choices=list(METHODS))
     recipe: str = option("paper", "paper: its text; released: the authors' program; tuned: ours, where regions should follow the bird",
                          choices=list(RECIPES))
@@ -111,7 +110,7 @@ class Options:
 
 
 def parse(argv=None):
-    """Command line -> Options, the blanks filled: what was typed, then the data set's preset, then the recipe's.
+    """Command line -> Options, the blanks filled: what was typed, the data set's preset, then the recipe's and the method's.
 
     The toy ViT has no pretrained file and so learns along: --tune all, whatever the recipe. Raises ValueError.
     """
@@ -173,10 +172,10 @@ def has_bf16(device):
 
 
 # ---------------------------------------------------------------- the losses
-# A is a smoothed attention map (B, K, h, w), the background last; every loss is a scalar, and every weight is 1.
+# A is a smoothed attention map (B, K, h, w), the background last; every loss is a scalar, and weighs 1 in IVPT.
 
 def classification(logits, labels):
-    """Cross entropy of the mean over concepts of their votes. logits (B, C), labels (B)."""
+    """Cross entropy of the mean over concepts of their class scores. logits (B, C), labels (B)."""
     return F.cross_entropy(logits, labels)
 
 
@@ -454,7 +453,7 @@ def train(o):
             raise ValueError(f"--resume: {last} was written by {len(checkpoint['random'])} processes, now {world}; use as many")
     objective = Objective(model)
     step_module = objective
-    if world > 1:  # ProtoPNet's last layer learns alone, at the end
+    if world > 1:  # ProtoPNet's last stage gives the rest no gradient: unused parameters
         step_module = DistributedDataParallel(objective, [device] if device.type == "cuda" else None,
                                               find_unused_parameters=o.method == "protopnet")
     if o.compile:
