@@ -28,7 +28,8 @@ import data
 import model as ivpt
 
 FRAME, HALF_SIZE, THRESHOLD = 224, 36, 0.8  # side of the metrics' frame, half a region, consistent from here on
-METHOD = "method recipe bias fusion tune start distance no_bias no_regions no_cross_layer no_fusion".split()  # what metrics.json tells of a run
+# What metrics.json tells of a run's method:
+METHOD = "method recipe bias fusion tune start distance no_bias no_regions no_cross_layer no_fusion".split()
 NOISE_STD, NOISE_CLIP, RANDOM_DRAWS = 0.2, 0.25, 10  # of the noise on the normalised image; of the random control
 
 
@@ -37,7 +38,8 @@ def find_peaks(maps):
     """maps (n, K, h, w) -> (n, K, 2): x, y of each map's first maximum, row by row, once upsampled to FRAME x FRAME.
     That is the argmax of U = Wy A Wx', bicubic with half-pixel centres, in fp64 and rounded to fp32, so that equal patches
     tie exactly. The rest saves time: the rows of Wx sum to 1 with at most `negative` below zero, so row y of U stays under
-    max + negative (max - min) of (Wy A)[y]. A row bounded below the best row's maximum cannot hold the peak and is not computed; few are."""
+    max + negative (max - min) of (Wy A)[y]. A row bounded below the best row's maximum cannot hold the peak and is not
+    computed; few are."""
     n, K, h, w = maps.shape
     if n > 8:                                                               # what fits the cache is faster
         return torch.cat([find_peaks(part) for part in maps.split(8)])
@@ -79,7 +81,7 @@ def consistency(hits, visible, labels):
     """Percent of (class, prototype) pairs that keep to one part (Huang et al. 2023): in at least 80 % of the class's
     images that show the part it is hit. hits (n, K, M), visible (n, M), labels (n,). Classes without images do not
     count; a part never visible is never kept to."""
-    hit, _ = per_class(hits.bool() & visible.bool()[:, None], labels)                                              # (C, K, M)
+    hit, _ = per_class(hits.bool() & visible.bool()[:, None], labels)                                  # (C, K, M)
     seen, _ = per_class(visible.bool(), labels)                                                             # (C, M)
     share = hit / seen[:, None].clamp(min=1)                                # 4 / 5 rounds as 0.8 does: >= is exact
     return 100 * (share >= THRESHOLD).any(2).double().mean().item()
@@ -201,7 +203,8 @@ class Tally:
 
 
 PART_METRICS = "consistency stability constant_location over_constant random_location nmi ari parts_hit".split()
-NO_PARTS = "the data has no key points (in CUB's layout: parts/parts.txt); consistency, stability, their controls, NMI and ARI need them"
+NO_PARTS = ("the data has no key points (in CUB's layout: parts/parts.txt); consistency, stability, their controls, NMI "
+            "and ARI need them")
 
 
 def percent(part, whole):

@@ -357,7 +357,8 @@ class Output(NamedTuple):  # as IVPT fills it; the methods compared with it say 
 
 
 def tune_backbone(backbone, tune):
-    """Of a backbone "none" is trained (paper), its "tokens" (cls, registers, positions; released), or "all"."""
+    """Of a backbone "none" is trained (paper), its "tokens" (cls, registers, positions; released), or "all". ValueError for
+    anything else."""
     if tune not in ("none", "tokens", "all"):
         raise ValueError(f"tune {tune!r}: expected none, tokens or all")
     tokens = ("cls_token", "register_tokens", "pos_embed")
@@ -549,7 +550,7 @@ class ProtoPNet(nn.Module):
         return self.last if self.last_only else self.last.detach()
 
     def read(self, d2, labels=None):
-        """Squared distances (B, N, C m) -> Output, with the maps of the prototypes of labels (B); None: of the predictions."""
+        """Squared distances d2 (B, N, C m) -> Output, with the maps of the prototypes of labels (B); None: of the predictions."""
         B, C, m = len(d2), self.num_classes, self.prototypes[0] - 1
         similarity = ((d2 + 1) / (d2 + 1e-4)).log().transpose(1, 2)  # (B, C m, N)
         scores = similarity.amax(2)  # (B, C m)

@@ -156,7 +156,7 @@ def check_options(o):
     if o.device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
         raise ValueError(f"--device cuda: {torch.cuda.device_count()} GPUs found; take --device cpu, or start fewer processes")
     if o.tune == "tokens" and "recipe" in MEANINGLESS[o.method]:
-        raise ValueError(f"--tune tokens: only --method ivpt and vpt-deep-proto have a rate for them; take none or all")
+        raise ValueError("--tune tokens: only --method ivpt and vpt-deep-proto have a rate for them; take none or all")
     if o.method == "protopnet" and o.epochs < 2:
         raise ValueError(f"--epochs {o.epochs}: --method protopnet needs at least 2, the second for its last layer")
     if o.weights == "toy" and o.tune != "all" and not o.bench:
@@ -283,7 +283,7 @@ class Objective(nn.Module):
             losses |= {"cluster": 0.8 * cluster(d2, labels), "separation": 0.08 * separation(d2, labels)}
             if model.aligned:
                 losses["alignment"] = 0.3 * alignment(z, shallow, d2, labels)
-        elif not model.aligned:
+        else:
             losses["last_layer"] = 1e-4 * last_layer(model)
         return losses, logits
 
@@ -433,7 +433,6 @@ def train(o):
     dataset = data.Images(folder, "train", "train", o.image_size, o.seed)
     if len(dataset) < o.batch_size:
         raise ValueError(f"--batch-size {o.batch_size}: more than the {len(dataset)} training images of {folder}; take less")
-
     if len(dataset.classes) < 2:
         raise ValueError(f"{folder}: one class only; expected at least two to tell apart")
 
@@ -618,8 +617,8 @@ def bench(o):
             times[name].append(clock(work, device) * 1000 / o.batch_size)
     forwards, steps = times["forward"][2:], times["step"][2:]  # without the warm-up
     ratio, forward_ms, step_ms = map(median, ([s / f for f, s in zip(forwards, steps)], forwards, steps))
-    row = dict(method=o.method, backbone=o.weights, recipe=o.recipe, image_size=o.image_size, batch_size=o.batch_size, device=device_name(device),
-               dtype="bf16" if o.amp else "fp32", compile=o.compile, forward_ms_per_image=round(forward_ms, 3),
+    row = dict(method=o.method, backbone=o.weights, recipe=o.recipe, image_size=o.image_size, batch_size=o.batch_size,
+               device=device_name(device), dtype="bf16" if o.amp else "fp32", compile=o.compile, forward_ms_per_image=round(forward_ms, 3),
                step_ms_per_image=round(step_ms, 3), ratio=round(ratio, 3),
                peak_gib_above_model=round(memory(device) - loaded, 3), trained_parameters=trained, loading_ms_per_image=loading(o))
     print("| " + " | ".join(row) + " |\n|" + " --- |" * len(row) + "\n| " + " | ".join(map(str, row.values())) + " |")
