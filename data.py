@@ -33,6 +33,7 @@ IMAGENET_MEAN, IMAGENET_STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224
 FRAME = 224                     # side of the frame in which the metrics place key points, whatever the image size
 CACHE_BYTES = 3 << 29           # 1.5 GiB: the training images of full CUB are kept in memory at 224 px, not at 518
 LISTS = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "bounding_boxes.txt", "classes.txt")
+PART_LISTS = ("parts/parts.txt", "parts/part_locs.txt")
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 CUB_MD5 = "97eceeb196236b17998738112f37df78"
 PARTS_URL = "https://huggingface.co/datasets/turkeyju/PartImageNet"
@@ -49,7 +50,7 @@ def find(data, data_root=None):
     root = Path(data_root or "~/.cache/ivpt").expanduser()
     if data == "toy":                                       # other settings, other folder: a change is never ignored
         folder = root / f"toy-v1-{zlib.crc32(repr((TOY, TOY_SPECIES, TOY_LOOKS)).encode()):08x}"
-        return folder if not missing(folder) else build(folder, draw_toy)
+        return folder if not missing(folder, parts=True) else build(folder, draw_toy)
     if data == "partimagenet":
         if folder := next((place for place in (root, root / "PartImageNet") if part_json(place, "train")), None):
             return folder
@@ -63,7 +64,8 @@ def find(data, data_root=None):
         return folder
     itself = any((root / name).exists() for name in (*LISTS, "images"))     # even half of one: nothing goes into it
     folder = root if itself else root / "CUB_200_2011"
-    archive, lack = root / "CUB_200_2011.tgz", missing(folder)
+    archive = root / "CUB_200_2011.tgz"
+    lack = missing(folder, parts=archive.is_file())
     if not lack:
         return folder
     if folder.is_dir() and not archive.is_file():           # perhaps somebody's own subset: leave it alone
@@ -73,9 +75,11 @@ def find(data, data_root=None):
     return build(folder, lambda temp: unpack(archive, temp, "CUB_200_2011/"))
 
 
-def missing(folder):
-    """What a folder in CUB's layout lacks first, or "": one of the lists, or an image that images.txt names."""
-    lists = [name for name in LISTS if not (folder / name).is_file()]
+def missing(folder, parts=False):
+    """What a folder in CUB's layout lacks first, or "": one of the lists, or an image that images.txt names. parts: that
+    it has no key points counts, too, and not only that parts.txt has none beside it."""
+    wanted = LISTS + PART_LISTS if parts or (folder / PART_LISTS[0]).is_file() else LISTS
+    lists = [name for name in wanted if not (folder / name).is_file()]
     images = () if lists else (f"images/{name}" for _, name in read_list(folder / "images.txt", 2))
     return lists[0] if lists else next((name for name in images if not os.path.isfile(f"{folder}/{name}")), "")
 
@@ -88,7 +92,7 @@ def locked(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path.with_name(f".{path.name}.lock"), "w")
     except OSError as error:
-        raise OSError(f"{path.parent}: cannot write there ({error.strerror}); choose another --data-root") from None
+        raise OSError(f"{path.parent}: cannot write there ({error.strerror}); choose another --data-root (weights: TORCH_HOME)") from None
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -99,13 +103,13 @@ def build(folder, fill):
     A half folder is mended: files that it lacks, or has in another size, are put in; nothing else is touched."""
     temp = folder.with_name(f".{folder.name}.new")
     with locked(folder):
-        if not missing(folder):                             # another process was first
+        if not missing(folder, parts=True):                 # another process was first
             return folder
         shutil.rmtree(temp, ignore_errors=True)             # what a killed process left
         try:
             temp.mkdir()
             fill(temp)
-            if lack := missing(temp):
+            if lack := missing(temp, parts=True):
                 raise ValueError(f"{folder}: its source is not in CUB's layout, {lack} is missing")
             for file in (f for f in temp.rglob("*") if folder.exists() and f.is_file()):
                 target = folder / file.relative_to(temp)
@@ -121,7 +125,8 @@ def build(folder, fill):
 
 def need_space(folder, size):
     if (free := shutil.disk_usage(folder).free) < size:
-        raise ValueError(f"{folder}: {free / 1e9:.2f} GB free, {size / 1e9:.2f} GB needed; make room, or --data-root")
+        raise ValueError(f"{folder}: {free / 1e9:.2f} GB free, {size / 1e9:.2f} GB needed; make room, or choose another "
+                         "--data-root (weights: TORCH_HOME)")
 
 
 def unpack(archive, folder, prefix):
@@ -139,19 +144,20 @@ def unpack(archive, folder, prefix):
         raise ValueError(f"{archive}: not a sound archive ({error}); remove it to have it downloaded again") from None
 
 
-def download(url, path, size=None, md5=None, attempts=4, pause=1.0):
-    """Fetches `url` to `path` by way of path.part, which any later call resumes; checks size and MD5 where given.
-    A file that is there already is checked and kept. ValueError or OSError say what to put where by hand."""
+def download(url, path, size=None, md5=None, load=None, attempts=4, pause=1.0):
+    """Fetches `url` to `path` by way of path.part, which any later call resumes; checks size and MD5 where given, and
+    that load(file), if any, raises no ValueError. A file that is there already is checked and kept. ValueError or
+    OSError say what to put where by hand."""
     part = path.with_name(path.name + ".part")
     with locked(path):
         if path.is_file():
-            if reason := flaw(path, size, md5):
+            if reason := flaw(path, size, md5, load):
                 raise ValueError(f"{path}: {reason}; remove it to have it downloaded again")
             return path
         for attempt in range(attempts):
             try:
                 fetch(url, part)
-                if not (reason := flaw(part, size, md5)):
+                if not (reason := flaw(part, size, md5, load)):
                     break
                 code = 416                                  # a bad file is no better than a bad range: start afresh
             except (OSError, http.client.HTTPException) as error:
@@ -162,15 +168,20 @@ def download(url, path, size=None, md5=None, attempts=4, pause=1.0):
                 raise OSError(f"{url}: {reason}; without internet, fetch it elsewhere and put it at {path}")
             time.sleep(pause * 2 ** attempt)
         os.replace(part, path)
+        part.with_suffix(".etag").unlink(missing_ok=True)
     return path
 
 
 def fetch(url, part):
-    """Appends to `part` what it lacks, or begins again where the server ignores Range."""
-    have = part.stat().st_size if part.is_file() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=60) as reply:
+    """Appends to `part` what it lacks, or begins again where the server ignores Range or has another file by now."""
+    have, tag = part.stat().st_size if part.is_file() else 0, part.with_suffix(".etag")
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    if have and tag.is_file():
+        headers["If-Range"] = tag.read_text()
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as reply:
         have = have if reply.status == 206 else 0
+        if (etag := reply.headers.get("ETag", "W/"))[:2] != "W/":           # a weak one does not tell bytes
+            tag.write_text(etag)
         total = have + int(reply.headers.get("Content-Length") or 0)
         need_space(part.parent, total - have)
         with open(part, "ab" if have else "wb") as file, tqdm(
@@ -181,16 +192,21 @@ def fetch(url, part):
         raise ConnectionError(f"cut off after {part.stat().st_size} of {total} bytes")
 
 
-def flaw(path, size, md5):
+def flaw(path, size, md5, load):
     """Why a file is not the one expected, or ""."""
     with open(path, "rb") as file:
-        if file.read(64).lstrip()[:1] == b"<":
+        if file.read(64).lstrip(b"\xef\xbb\xbf\xfe\xff\0 \t\r\n")[:1] == b"<":                         # after any byte order mark
             return "a web page instead of the file (a proxy or a login?)"
         if size not in (None, path.stat().st_size):
             return f"{path.stat().st_size} bytes, expected {size}"
         file.seek(0)
         if md5 and (found := hashlib.file_digest(file, "md5").hexdigest()) != md5:
             return f"MD5 {found}, expected {md5}"
+    if load:
+        try:
+            load(path)
+        except ValueError as error:
+            return str(error)
     return ""
 
 

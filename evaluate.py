@@ -3,6 +3,7 @@
     python evaluate.py --ckpt runs/toy/last.pt                                   # the table, and metrics.json beside it
     python evaluate.py --ckpt runs/toy/last.pt --visualize runs/toy/pictures     # and a gallery: open its index.html
     python evaluate.py --ckpt runs/toy/last.pt --image bird.jpg                  # why this image got its class
+    torchrun --nproc_per_node=4 evaluate.py --ckpt runs/cub/last.pt              # the same numbers from four GPUs
 """
 import argparse
 import colorsys
@@ -10,6 +11,7 @@ import contextlib
 import html
 import json
 import math
+import os
 import re
 import sys
 import tempfile
@@ -565,13 +567,54 @@ def writable(folder, what):
         raise ValueError(f"{what} {folder}: cannot be written ({error.strerror}); expected a folder of yours") from None
 
 
+def local_device(kind):
+    """This process's device under torchrun: the CPU, or a GPU of its own. kind: cpu or cuda."""
+    local, found = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if kind == "cuda" and local >= found:
+        raise ValueError(f"device cuda: {found} GPUs found; take the CPU (train.py --device cpu), or start fewer processes")
+    return torch.device(kind, local if kind == "cuda" else None)
+
+
+def start_processes(device):
+    """torchrun's environment -> (rank, world); one process alone is rank 0 of 1. For train.py, too."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return int(os.environ.get("RANK", 0)), world
+
+
+def fetch_weights(name):
+    """Downloads a named backbone that is not there. Unlike torch.hub it resumes, tries again, and locks others out."""
+    url = ivpt.weights_url(name)
+    if url and not ivpt.weights_file(url).is_file():
+        data.download(url, ivpt.weights_file(url), load=lambda file: ivpt.read_torch_file(file, "weights"))
+
+
+def complaint(error, memory):
+    """An exception as a line for the user; None for a bug of ours, which keeps its traceback. memory: what helps where it
+    ran out. A loader process hands its exception on with the traceback before it."""
+    lines = (str(error).strip() or repr(error)).splitlines()
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):  # a CPU's words
+        return f"out of memory ({lines[0][:90]}); {memory}"
+    if isinstance(error, (ValueError, OSError)):
+        return re.sub(r"^\w+Error: ", "", lines[-1])
+    if "DataLoader worker (pid" in str(error):                              # killed
+        return f"{lines[-1]}; if memory ran out, lower --workers"
+    return "another process has ended; its own line says why" if "by peer" in str(error) else None
+
+
 def run(o):
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (o.visualize or o.image):
+        raise ValueError("--visualize, --image: one process draws; start this without torchrun")
     for name, least in (("batch_size", 1), ("workers", 0), ("seed", 0)):
         if getattr(o, name) is not None and getattr(o, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(o, name)}: expected {least} or more")
     home, out = Path(o.ckpt).parent, writable(Path(o.visualize), "--visualize") if o.visualize else None
-    model, checkpoint = ivpt.load_checkpoint(o.ckpt, o.weights)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model, checkpoint = ivpt.load_checkpoint(o.ckpt, o.weights, fetch_weights)
+    device = local_device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
     trained, classes, size = checkpoint["options"], checkpoint["classes"], checkpoint["options"]["image_size"]
     if o.image:
         return explain_files(model, o.image, classes, size, out)
@@ -585,9 +628,12 @@ def run(o):
     gallery = Gallery(model, len(dataset)) if out else None
     amp, seed = (trained[key] if vars(o)[key] is None else vars(o)[key] for key in ("amp", "seed"))
     recipe = {key: trained.get(key) for key in METHOD}
+    rank, _ = start_processes(device)                                       # nothing is fetched from here on
     metrics = evaluate(model, folder, size, o.batch_size, o.workers, amp, seed, recipe=recipe, gallery=gallery)
+    if rank:
+        return
     print(f"\n{table(metrics)}")
-    (home / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    ivpt.save(home / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     if gallery:
         began = time.perf_counter()
         gallery.write(out, metrics, dataset, home / "log.jsonl")
@@ -609,14 +655,14 @@ def main(argv=None):
     p.error, code = data.refuse, 2
     try:
         return run(p.parse_args(argv))
-    except torch.OutOfMemoryError as error:
-        reason = f"out of memory ({str(error).splitlines()[0][:90]}); lower --batch-size"
-    except (ValueError, OSError, RuntimeError) as error:                    # a worker's traceback ends with the message
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+    except Exception as error:
+        if not (reason := complaint(error, "lower --batch-size")):
             raise
-        reason = re.sub(r"^\w+Error: ", "", (str(error).strip() or repr(error)).splitlines()[-1])
     except KeyboardInterrupt:
         reason, code = "interrupted", 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     print("error:", reason, file=sys.stderr)
     sys.exit(code)
 

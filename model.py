@@ -13,6 +13,8 @@ follow, on the same ViT: VPT-Deep, ProtoPNet and Huang et al. Letters in shapes,
 """
 import hashlib
 import math
+import os
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -239,7 +241,10 @@ def load_backbone(name_or_path, image_size=None):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(file))
-        except OSError as error:
+            read_torch_file(file, "weights")  # torch.hub keeps what a cut connection or a login page left
+        except (OSError, ValueError) as error:
+            if file.is_file():
+                file.unlink()
             raise OSError(f"weights {name_or_path}: could not fetch {url} ({error}); without a network put that file into "
                           f"{file.parent}, or name a local one by --weights") from None
     return _from_state_dict(read_torch_file(file, "--weights"), file, image_size)
@@ -248,7 +253,8 @@ def load_backbone(name_or_path, image_size=None):
 def read_torch_file(path, what):
     """torch.load without code execution; every way a file can be broken becomes one line naming it."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch wonders at a pickle's version before it refuses it
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise type(error)(f"{what} {path}: {error.strerror}") from None
     except Exception as error:  # a damaged file can raise anything from struct.error to AssertionError
@@ -679,26 +685,56 @@ def fingerprint(model):
     return digest.hexdigest()
 
 
-def read_checkpoint(path):
-    """A run's last.pt -> its dict. Raises ValueError or OSError, one line, for a file that is damaged or not ours."""
+def save(path, content):
+    """A checkpoint or a text, written beside, flushed to the disk, moved into place: a killed save leaves the last as it was."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # on a full disk torch's zip writer fails, too, and in words of its own
+        temporary.unlink(missing_ok=True)
+        kept = "the one before it stands" if path.is_file() else "there was none before it"
+        raise OSError(f"{path}: could not be written ({error.__context__ or error}); {kept}; make room and try again") from None
+
+
+# What a checkpoint must hold, by type; train.py wants more of one that it resumes.
+FIELDS = dict(options=dict, classes=list, model=dict, fingerprint=str)
+OPTIONS = dict(data=str, data_root=str | None, weights=str, image_size=int, method=str, seed=int, amp=bool)
+
+
+def read_checkpoint(path, **more):
+    """A run's last.pt -> its dict. more: further fields that it must hold, and their types.
+
+    Raises ValueError or OSError, one line, for a file that is damaged or not ours.
+    """
     checkpoint = read_torch_file(path, "checkpoint")
-    kinds = dict(options=dict, classes=list, model=dict, fingerprint=str)
-    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(key), kind) for key, kind in kinds.items()):
-        raise ValueError(f"checkpoint {path}: not written by train.py; expected a run's last.pt")
+    if wrong := misfit(checkpoint, FIELDS | more) or misfit(checkpoint["options"], OPTIONS):
+        raise ValueError(f"checkpoint {path}: not written by train.py ({wrong} is missing or of another type); expected a run's last.pt")
     return checkpoint
 
 
-def load_checkpoint(path, weights=None):
-    """A run's last.pt -> (model in eval mode, checkpoint dict). weights: where the backbone lies, if it has moved.
+def misfit(content, kinds):
+    """The first field that a dict lacks or has in another type; None if all are as they should."""
+    content = content if isinstance(content, dict) else {}
+    return next((key for key, kind in kinds.items() if not isinstance(content.get(key, ...), kind)), None)
+
+
+def load_checkpoint(path, weights=None, fetch=lambda name: None):
+    """A run's last.pt -> (model in eval mode, checkpoint dict). weights: where the backbone lies, if it has moved; fetch:
+    what downloads a named one (otherwise torch.hub does).
 
     Raises ValueError or FileNotFoundError, one line, for a file that is missing, truncated, not ours, or whose frozen
     backbone is another one.
     """
     checkpoint = read_checkpoint(path)
     options = dict(checkpoint["options"], **({"weights": weights} if weights else {}))
+    fetch(options["weights"])
     try:
         model = build(options, len(checkpoint["classes"]))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"checkpoint {path}: its options do not tell {error}; written by another version of this program, "
                          "train again") from None
     restore(model, checkpoint, path)

@@ -14,18 +14,18 @@ checkpoint stands; 130 or 143 such a signal where there was nothing to save. tor
 Several processes: --batch-size counts the images of one optimiser step over all of them. Every rank sees its slice of
 each batch; gradients are averaged. Two terms therefore see their own rank's slice only (and with --accumulate their own
 part of it): presence, whose maximum runs over the batch, and the affine view, which is drawn for each. All others are
-means over images. log.jsonl holds what rank 0 saw.
+means over images. log.jsonl holds what rank 0 saw. --resume wants as many processes; --accumulate may change, and the
+run with it, by rounding and by the parts that those two terms see.
 """
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
-import re
 import resource
 import signal
 import sys
-import tempfile
 import threading
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -94,7 +94,7 @@ class Options:
     prototypes: tuple = option((17, 14, 11, 8, 5), "prototypes per concept layer, the background counted", nargs="+", type=int)
     epochs: int = option(None, "passes over the training images; the rates halve every four (25; 16 for toy)")
     batch_size: int = option(16, "images in one optimiser step, over all processes and accumulated parts")
-    accumulate: int = option(1, "parts each batch is computed in; raise it when memory runs out")
+    accumulate: int = option(1, "parts each batch is computed in; raise it when memory runs out, on --resume as well")
     lr: float = option(None, "learning rate of class head, grouping, fusion, head LayerNorm, at batch 16 (by method; 1e-2)")
     lr_prototypes: float = option(None, "learning rate of prototypes, prompts, tuned tokens and add-on layers, at batch 16 (by method; 2e-4)")
     lr_bias: float = option(None, "learning rate of the spatial biases (by recipe); if it is high, regions stop following the bird: see the spread")
@@ -153,8 +153,9 @@ def check_options(o):
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number of at least {bound}")
     if o.device not in ("cpu", "cuda"):
         raise ValueError(f"--device {o.device}: expected cpu or cuda; choose a GPU by CUDA_VISIBLE_DEVICES")
-    if o.device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
-        raise ValueError(f"--device cuda: {torch.cuda.device_count()} GPUs found; take --device cpu, or start fewer processes")
+    evaluate.local_device(o.device)
+    if o.resume and o.overwrite:
+        raise ValueError("--resume --overwrite: one goes on with the run in --out, the other replaces it; give one of them")
     if o.tune == "tokens" and "recipe" in MEANINGLESS[o.method]:
         raise ValueError("--tune tokens: only --method ivpt and vpt-deep-proto have a rate for them; take none or all")
     if o.method == "protopnet" and o.epochs < 2:
@@ -330,21 +331,6 @@ def make_optimizer(model, o):
 
 # ---------------------------------------------------------------- checkpoints
 
-def save(path, content):
-    """A checkpoint or a text, written beside, flushed to the disk, moved into place: a killed save leaves the last as it was."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer says a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
-        kept = "the one before it stands" if path.is_file() else "there was none before it"
-        raise OSError(f"{path}: could not be written ({error}); {kept}; make room and --resume") from None
-
-
 def random_states(device):
     states = {"cpu": torch.get_rng_state()}
     return states | ({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})
@@ -356,37 +342,44 @@ def set_random_states(states, device):
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def load_run(path, o, classes):
+def described(dataset):
+    """The training images in a few words, by which --resume knows them again, wherever they lie by now."""
+    names = "\n".join(str(file.relative_to(dataset.folder)) for file in dataset.files)
+    return f"{len(dataset)} images with names of hash {hashlib.sha256(names.encode()).hexdigest()[:12]}"
+
+
+def load_run(path, o, dataset, world):
     """The checkpoint --resume goes on from, after checking that it is this run's."""
-    checkpoint = ivpt.read_checkpoint(path)
-    if lack := {"optimizer", "scheduler", "epoch", "step", "sums", "random"} - checkpoint.keys():
-        raise ValueError(f"--resume: {path} holds no {' and no '.join(sorted(lack))}; take a last.pt as train.py wrote it")
-    free = {"resume", "overwrite", "device", "workers", "data", "data_root", "out", "weights", "amp", "compile", "bench"}
+    checkpoint = ivpt.read_checkpoint(path, optimizer=dict, scheduler=dict, epoch=int, step=int, sums=dict, random=list, images=str)
+    free = {"resume", "overwrite", "device", "workers", "data", "data_root", "out", "weights", "amp", "compile", "bench", "accumulate"}
     free |= {"epochs"} if o.method != "protopnet" else set()  # its last stage is counted from the end
     for name, value in asdict(o).items():
         found = checkpoint["options"].get(name)
         if name not in free and found != value:
             raise ValueError(f"--resume: {path} was trained with {name} {found}, now {value}; give the same or another --out")
-    if checkpoint["classes"] != classes:
-        raise ValueError(f"--resume: {path} knows {len(checkpoint['classes'])} classes, the data has {len(classes)} "
+    if checkpoint["classes"] != dataset.classes:
+        raise ValueError(f"--resume: {path} knows {len(checkpoint['classes'])} classes, the data has {len(dataset.classes)} "
                          "or others; take the same data or another --out")
+    if checkpoint["images"] != described(dataset):  # another order of batches: within an epoch some would come twice
+        raise ValueError(f"--resume: {path} was trained on {checkpoint['images']}, the data has {described(dataset)}; "
+                         "take the same data or another --out")
+    if len(checkpoint["random"]) != world:
+        raise ValueError(f"--resume: {path} was written by {len(checkpoint['random'])} processes, now {world}; use as many")
     return checkpoint
 
 
+def restore_run(checkpoint, path, optimizer, scheduler, device, rank):
+    """What trains the model goes on where it was."""
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scheduler.load_state_dict(checkpoint["scheduler"])
+        set_random_states(checkpoint["random"][rank], device)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"--resume: {path}: its optimizer, scheduler or random states are damaged ({type(error).__name__}: "
+                         f"{str(error)[:90]}); begin anew with --overwrite") from None
+
+
 # ---------------------------------------------------------------- the run
-
-def start_processes(o):
-    """torchrun's environment -> (device, rank, world); one process alone is rank 0 of 1."""
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device(o.device, local if o.device == "cuda" else None)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if o.batch_size % (world * o.accumulate):
-        raise ValueError(f"--batch-size {o.batch_size}: expected a multiple of {world} processes x --accumulate {o.accumulate}")
-    return device, int(os.environ.get("RANK", 0)), world
-
 
 def epoch_batches(dataset, o, epoch, rank, world):
     """This rank's share of an epoch's shuffled batches, a function of the seed alone: (steps, accumulate, images)."""
@@ -397,28 +390,23 @@ def epoch_batches(dataset, o, epoch, rank, world):
 
 
 def check_run_folder(o):
-    """Refuse to lose a run: a folder that holds one needs --resume or --overwrite."""
+    """Refuse to lose a run, or to disturb one that has not saved yet: a folder that holds one needs --resume or --overwrite."""
     last = Path(o.out, "last.pt")
     if o.resume and not last.is_file():
-        raise FileNotFoundError(f"--resume: {last} is not there; name the run by --out, or leave --resume out")
+        raise FileNotFoundError(f"--resume: {last} is not there; name the run by --out, or begin anew with --overwrite")
     if last.is_file() and not (o.resume or o.overwrite):
         raise ValueError(f"--out {o.out}: holds a run already; go on with --resume, replace it with --overwrite, or name another")
-    try:
-        last.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=last.parent).close()
-    except OSError as error:
-        raise OSError(f"--out {o.out}: cannot write there ({error.strerror}); name another folder") from None
-    return last
+    if any(last.with_name(name).is_file() for name in ("config.json", "log.jsonl")) and not (o.resume or o.overwrite):
+        raise ValueError(f"--out {o.out}: holds a run that has saved nothing yet; if it no longer runs, replace it with --overwrite")
+    return evaluate.writable(last.parent, "--out") / last.name
 
 
 def fetch(o):
     """Downloads or draws what is missing. Every process asks; a file lock lets the first one do it."""
-    url = ivpt.weights_url(o.weights)
-    if url:
+    if ivpt.weights_url(o.weights):
         ivpt.patch_grid(o.image_size, 14)  # a wrong size is said before a gigabyte is fetched
     data.Images(data.find(o.data, o.data_root), "test", "test", o.image_size)  # what the end needs is known at the start
-    if url and not ivpt.weights_file(url).is_file():
-        data.download(url, ivpt.weights_file(url))
+    evaluate.fetch_weights(o.weights)
 
 
 def train(o):
@@ -427,7 +415,10 @@ def train(o):
         data.find(o.data, o.data_root)  # a mistyped folder leaves no run folder behind
     last = check_run_folder(o)
     fetch(o)  # before the processes meet: their patience with each other is shorter than a download
-    device, rank, world = start_processes(o)
+    device = evaluate.local_device(o.device)
+    rank, world = evaluate.start_processes(device)
+    if o.batch_size % (world * o.accumulate):
+        raise ValueError(f"--batch-size {o.batch_size}: expected a multiple of {world} processes x --accumulate {o.accumulate}")
     chief = rank == 0
     folder = data.find(o.data, o.data_root)
     dataset = data.Images(folder, "train", "train", o.image_size, o.seed)
@@ -441,15 +432,6 @@ def train(o):
     if o.start == "kmeans" and not o.resume:
         ivpt.start_prototypes(model, data.Images(folder, "train", "test", o.image_size), o.seed)
     optimizer, scheduler = make_optimizer(model, o)
-    start, done, sums = 0, 0, {}  # epoch, steps done in it, and what they summed up to
-    if o.resume:
-        checkpoint = load_run(last, o, dataset.classes)
-        ivpt.restore(model, checkpoint, last)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scheduler.load_state_dict(checkpoint["scheduler"])
-        start, done, sums = checkpoint["epoch"], checkpoint["step"], checkpoint["sums"]
-        if len(checkpoint["random"]) != world:
-            raise ValueError(f"--resume: {last} was written by {len(checkpoint['random'])} processes, now {world}; use as many")
     objective = Objective(model)
     step_module = objective
     if world > 1:  # ProtoPNet's last stage gives the rest no gradient: unused parameters
@@ -458,19 +440,23 @@ def train(o):
     if o.compile:
         step_module = torch.compile(step_module)
     torch.manual_seed(o.seed + rank)  # from here on every rank has noise of its own
+    start, done, sums = 0, 0, {}  # epoch, steps done in it, and what they summed up to
     if o.resume:
-        set_random_states(checkpoint["random"][rank], device)
+        checkpoint = load_run(last, o, dataset, world)
+        ivpt.restore(model, checkpoint, last)
+        restore_run(checkpoint, last, optimizer, scheduler, device, rank)
+        start, done, sums = checkpoint["epoch"], checkpoint["step"], checkpoint["sums"]
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if chief:
         print("  ".join(f"{k}={v}" for k, v in asdict(o).items() if v not in (None, False)))
         print(f"{len(dataset)} training images, {len(dataset.classes)} classes; {trained:,} trained parameters of "
               f"{sum(p.numel() for p in model.parameters()):,}; {device}, {world} process{'es' * (world > 1)}")
-        save(last.with_name("config.json"), json.dumps(asdict(o), indent=1) + "\n")
+        ivpt.save(last.with_name("config.json"), json.dumps(asdict(o), indent=1) + "\n")
         log = last.with_name("log.jsonl")
         lines = log.read_text().splitlines(keepends=True) if o.resume and log.is_file() else []
         del lines[start:]  # what a killed run wrote beyond its checkpoint is written again
-        save(log, "".join(lines))
+        ivpt.save(log, "".join(lines))
         for name in () if o.resume else ("last.pt", "metrics.json"):  # --overwrite
             last.with_name(name).unlink(missing_ok=True)
 
@@ -482,9 +468,9 @@ def train(o):
             states = [None] * world
             dist.all_gather_object(states, random_states(device))
         if chief:
-            save(last, dict(
-                format="ivpt", options=asdict(o), classes=dataset.classes, parts=dataset.parts, epoch=epoch, step=step,
-                sums=sums, model=ivpt.trained_state(model), fingerprint=fingerprint, optimizer=optimizer.state_dict(),
+            ivpt.save(last, dict(
+                format="ivpt", options=asdict(o), classes=dataset.classes, parts=dataset.parts, images=described(dataset),
+                epoch=epoch, step=step, sums=sums, model=ivpt.trained_state(model), fingerprint=fingerprint, optimizer=optimizer.state_dict(),
                 scheduler=scheduler.state_dict(), random=states))
 
     last_stage = o.epochs - min(5, o.epochs // 2) if o.method == "protopnet" else None  # the last layer's first epoch
@@ -501,10 +487,16 @@ def train(o):
                                      pin_memory=device.type == "cuda", worker_init_fn=heed_parent_alone,
                                      generator=torch.Generator()))  # its own: a loader would draw its seed from the noise's
             for step in range(done, steps):
+                try:
+                    parts = [next(loader) for _ in range(o.accumulate)]
+                except (ValueError, OSError) as error:  # an image that cannot be read, before the step has drawn any noise
+                    if world > 1:
+                        raise  # the other processes are in their step already
+                    save_run(epoch, step, sums)
+                    raise ValueError(f"{str(error).strip()}; saved {last}: put the image right and --resume") from None
                 means = 0  # over the parts: the losses and the accuracy, still on the device
                 optimizer.zero_grad(set_to_none=True)
-                for part in range(o.accumulate):
-                    images, labels, _, index = next(loader)
+                for part, (images, labels, _, _) in enumerate(parts):
                     images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
                     theta = data.sample_affine()  # one view for all images of a part
                     last_part = part == o.accumulate - 1
@@ -519,9 +511,9 @@ def train(o):
                 bad, stopped = any_rank((not math.isfinite(norm + values["loss"]), stop), device, world)
                 if bad:
                     bad_in_a_row += 1
-                    names = " ".join(dataset.files[i].name for i in batches[step - done].flatten())
+                    names = " ".join(str(dataset.files[i].relative_to(folder)) for i in batches[step - done].flatten())
                     tqdm.write(f"epoch {epoch} step {step}: loss {values['loss']}, gradient norm {norm}: no step taken; "
-                               f"images {names}", file=sys.stderr)
+                               f"images of {folder}: {names}", file=sys.stderr)
                 else:
                     bad_in_a_row = 0
                     optimizer.step()
@@ -541,7 +533,7 @@ def train(o):
                         lr=optimizer.param_groups[0]["lr"], seconds=round(time.time() - began, 2))
             if chief:
                 lines.append(json.dumps(line) + "\n")
-                save(log, "".join(lines))
+                ivpt.save(log, "".join(lines))
             if epoch + 1 == last_stage:
                 model.eval().project(data.Images(folder, "train", "test", o.image_size))
             scheduler.step()
@@ -557,7 +549,7 @@ def train(o):
     metrics = evaluate.evaluate(model.eval(), folder, o.image_size, workers=o.workers, amp=o.amp, seed=o.seed, recipe=recipe)
     if chief:
         print(f"\n{evaluate.table(metrics)}")
-        save(last.with_name("metrics.json"), json.dumps(metrics, indent=1) + "\n")
+        ivpt.save(last.with_name("metrics.json"), json.dumps(metrics, indent=1) + "\n")
         print(f"\npython evaluate.py --ckpt {last} --visualize {last.parent / 'pictures'}")
     return metrics
 
@@ -666,16 +658,11 @@ def main():
     try:
         o = parse()
         result = bench(o) if o.bench else train(o)
-    except (RuntimeError, MemoryError) as error:  # CUDA says no memory by a class of its own, a CPU in words
-        reason = (str(error).strip() or repr(error)).splitlines()
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
-            result = fail(f"out of memory ({reason[0][:90]}); lower --batch-size, raise --accumulate, or lower --image-size")
-        elif "DataLoader worker" in str(error):
-            result = fail(f"{reason[-1]}; if memory ran out, lower --workers")
-        else:
+    except Exception as error:
+        if not (line := evaluate.complaint(error, "raise --accumulate, on --resume as well, or begin anew with a lower "
+                                                  "--batch-size or --image-size")):
             raise
-    except (ValueError, OSError) as error:  # a user's mistake; a loader process hands it on with its traceback before it
-        result = fail(re.sub(r"^\w+Error: ", "", (str(error).strip() or repr(error)).splitlines()[-1]))
+        result = fail(line)
     except KeyboardInterrupt:
         result = fail("interrupted; what training saved stands, see --resume and evaluate.py --ckpt") + 128
     finally:
