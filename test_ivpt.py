@@ -4,6 +4,7 @@
     python -m pytest -k "kernels"       # one room: kernels, model, data, train or evaluate
 """
 import contextlib
+import errno
 import fnmatch
 import functools
 import hashlib
@@ -1592,12 +1593,17 @@ def serving(body, *moods):
         def do_GET(self):
             mood = moods.pop(0) if len(moods) > 1 else moods[0]
             asked.append(self.headers.get("Range"))
-            start = int(asked[-1][6:-1]) if asked[-1] and mood != "ignores range" else 0
-            content = b"<!DOCTYPE html><p>Please log in" if mood == "html" else body[start:]
+            tag = '"old"' if mood == "cut old" else '"new"'
+            ranged = asked[-1] and mood != "ignores range" and self.headers.get("If-Range", tag) == tag
+            start = int(asked[-1][6:-1]) if ranged else 0
+            content = {"html": b"<!DOCTYPE html><p>Please log in", "html with mark": b"\xef\xbb\xbf\r\n<html>",
+                       "cut old": body[::-1]}.get(mood, body[start:])
             self.send_response({"gone": 404}.get(mood, 416 if start > len(body) else 206 if start else 200))
-            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", tag)
+            if mood != "cut, of no length":
+                self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content[:len(content) * 6 // 10] if mood == "cut" else content)
+            self.wfile.write(content[:len(content) * 6 // 10] if mood.startswith("cut") else content)
 
         def log_message(self, *_):
             pass
@@ -1622,7 +1628,7 @@ MD5 = hashlib.md5(BODY).hexdigest()
     (["good"], BODY[:999_999], ["bytes=999999-"]),                                   # a part from an earlier run
     (["good"], BODY + b"more", ["bytes=1000004-", None]),                            # one that is too long
     (["good"], b"x" * 10, ["bytes=10-", None]),                                      # one of something else
-    (["html", "good"], b"", [None, None])])
+    (["html with mark", "good"], b"", [None, None]), (["html", "good"], b"", [None, None])])
 def test_data_download_mends(tmp_path, moods, part, asked):
     if part:
         (tmp_path / "f.tgz.part").write_bytes(part)
@@ -1632,6 +1638,76 @@ def test_data_download_mends(tmp_path, moods, part, asked):
         data.download(url, path, size=len(BODY), md5=MD5)                            # it is there: nobody is asked
         assert ranges == asked
     assert not (tmp_path / "f.tgz.part").exists()
+
+
+def test_data_download_does_not_go_on_with_another_file(tmp_path):
+    """The file changed between two requests, and no sum is known: the part of the old one is given up."""
+    with serving(BODY, "cut old", "good") as (url, ranges):
+        assert data.download(url, tmp_path / "f.tgz", pause=0).read_bytes() == BODY
+    assert ranges == [None, "bytes=600000-"] and sorted(f.name for f in tmp_path.iterdir()) == [".f.tgz.lock", "f.tgz"]
+
+
+@pytest.fixture
+def served_weights(tmp_path, monkeypatch):
+    """The bytes of a small ViT's state dict; torch's cache is empty and in tmp_path; no waiting between attempts."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    torch.save(tiny_backbone().state_dict(), tmp_path / "made.pth")
+    return (tmp_path / "made.pth").read_bytes()
+
+
+def script_fails(main, *arguments):
+    """What a script's main() says on stderr in its one line, where it ends with code 2."""
+    error = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(error), pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
+        main()
+    line = error.getvalue()
+    assert end.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1, line
+    return line
+
+
+@pytest.mark.parametrize("moods, requests, says", [
+    (["cut", "good"], 2, ""), (["cut, of no length", "good"], 2, ""), (["html with mark", "good"], 2, ""),
+    (["cut"], 4, "cut off"), (["cut, of no length"], 4, "truncated"), (["html"], 4, "web page")])
+def test_scripts_download_weights_whole_or_not_at_all(moods, requests, says, served_weights, bird_root, tmp_path, monkeypatch):
+    """train.py and evaluate.py alike; what arrives without a length is whole if it can be loaded."""
+    file = tmp_path / "hub" / "checkpoints" / "file.tgz"
+    more = [*FEW_BIRDS, "--data-root", bird_root, "--weights", "vits14", "--tune", "none", "--image-size", "70", "--device", "cpu"]
+    o = train.parse(list(map(str, more)))
+    model = ivpt.build(asdict(o), 10, tiny_backbone())
+    ivpt.save(tmp_path / "last.pt", dict(options=asdict(o), classes=["a"] * 10, model=ivpt.trained_state(model),
+                                         fingerprint=ivpt.fingerprint(model)))
+    for script in ("train", "evaluate"):
+        with serving(served_weights, *moods) as (url, asked):
+            monkeypatch.setattr(ivpt, "URL", url)
+            if not says and script == "train":
+                train.fetch(o)
+            elif not says:                                                          # it gets as far as the classes
+                assert "found 10 classes" in script_fails(evaluate.main, "--ckpt", tmp_path / "last.pt")
+            elif script == "train":
+                error = script_fails(train.main, *more, "--out", tmp_path / "run")
+            else:
+                error = script_fails(evaluate.main, "--ckpt", tmp_path / "last.pt")
+            assert len(asked) == requests
+        if says:
+            assert says in error and f"put it at {file}" in error and not file.exists()
+        else:
+            assert file.read_bytes() == served_weights
+            file.unlink()
+        file.with_name("file.tgz.part").unlink(missing_ok=True)
+
+
+def test_load_backbone_alone_keeps_no_broken_file(served_weights, tmp_path, monkeypatch):
+    for mood in ("cut", "html", "gone", "good"):
+        with serving(served_weights, mood) as (url, _):
+            monkeypatch.setattr(ivpt, "URL", url)
+            if mood == "good":
+                assert ivpt.load_backbone("vits14", 70).grid == (5, 5)
+            else:
+                with pytest.raises(OSError, match="could not fetch.*--weights") as caught:
+                    ivpt.load_backbone("vits14", 70)
+                assert "\n" not in str(caught.value) and not list((tmp_path / "hub" / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("mood, requests, words", [("cut", 3, "cut off"), ("html", 3, "web page"), ("gone", 1, "404")])
@@ -1715,6 +1791,18 @@ def test_data_half_folder_is_mended_from_the_archive(served_cub):
     assert data.find("cub", root) == folder and (folder / "mine.txt").read_text() == "keep me"
     (folder / "mine.txt").unlink()
     assert same(folder, original)
+
+
+def test_data_half_the_key_points_are_mended_where_the_archive_lies_beside(served_cub):
+    original, root, content = served_cub
+    folder = write_cub(root / "CUB_200_2011")
+    (folder / "parts" / "part_locs.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="parts/part_locs.txt is missing"):
+        data.find("cub", root)
+    shutil.rmtree(folder / "parts")
+    assert data.find("cub", root) == folder and data.Images(folder, "test", "test", 28).parts == []   # a subset without
+    (root / "CUB_200_2011.tgz").write_bytes(content)
+    assert data.find("cub", root) == folder and same(folder, original)
 
 
 @pytest.mark.parametrize("name, kind, target", [
@@ -1839,7 +1927,8 @@ def log_of(run):
 
 
 def ivpt_command(script, *arguments, **more):
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True, timeout=240,
+    script = script if script == "-m" else ROOT / script
+    return subprocess.run([sys.executable, *map(str, (script, *arguments))], capture_output=True, text=True, timeout=240,
                           env=dict(os.environ, OMP_NUM_THREADS="1"), **more)
 
 
@@ -1867,24 +1956,28 @@ def test_a_run_leaves_what_it_says_and_resumes_bit_for_bit(bird_root, tmp_path, 
         train.train(options(bird_root, halves))
     with pytest.raises(ValueError, match="seed 42, now 7"):
         train.train(options(bird_root, halves, "--resume", "--seed", 7))
+    again = options(bird_root, halves, "--epochs", 4, "--resume", "--accumulate", 2)  # what out of memory asks for
+    assert train.load_run(halves / "last.pt", again, data.Images(bird_root / "CUB_200_2011", "train", "train", 56), 1)["epoch"] == 4
 
 
 def test_stopped_in_mid_epoch_and_resumed_is_as_if_never_stopped(bird_root, tmp_path, monkeypatch):
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    straight = tmp_path / "straight"
     train.train(options(bird_root, straight, "--epochs", 1))
-    affine, calls = data.sample_affine, []
+    affine = data.sample_affine
+    for number in (signal.SIGTERM, signal.SIGINT):
+        stopped, calls = tmp_path / number.name, []
 
-    def terminate_at_the_third(*generator):
-        calls.append(0)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return affine(*generator)
-    monkeypatch.setattr(data, "sample_affine", terminate_at_the_third)
-    assert train.train(options(bird_root, stopped, "--epochs", 1)) == 3
-    assert torch.load(stopped / "last.pt", weights_only=True)["step"] == 3  # the step was finished, then saved
-    train.train(options(bird_root, stopped, "--epochs", 1, "--resume"))
-    assert all(torch.equal(a, b) for a, b in zip(parameters(straight).values(), parameters(stopped).values()))
-    assert log_of(straight) == log_of(stopped)
+        def signal_at_the_third(*generator):
+            calls.append(0)
+            if len(calls) == 3:
+                os.kill(os.getpid(), number)
+            return affine(*generator)
+        monkeypatch.setattr(data, "sample_affine", signal_at_the_third)
+        assert train.train(options(bird_root, stopped, "--epochs", 1)) == 3
+        assert torch.load(stopped / "last.pt", weights_only=True)["step"] == 3  # the step was finished, then saved
+        train.train(options(bird_root, stopped, "--epochs", 1, "--resume"))
+        assert all(torch.equal(a, b) for a, b in zip(parameters(straight).values(), parameters(stopped).values()))
+        assert log_of(straight) == log_of(stopped)
 
 
 SIGNALLED = """import os, signal, subprocess, sys
@@ -1895,6 +1988,8 @@ def third(*generator):
     calls.append(0)
     if len(calls) == 3 and {what!r} == "TERM":
         subprocess.run(["kill", "-TERM", "--", f"-{{os.getpgrp()}}"])
+    if len(calls) == 3 and {what!r} == "KILL in a step":
+        os.kill(os.getpid(), signal.SIGKILL)
     return affine(*generator)
 def second(path, content):
     saves.extend([0] * (path.name == "last.pt"))
@@ -1917,11 +2012,13 @@ def one_thread():
 
 
 def test_a_kill_while_saving_and_a_signal_to_every_process_of_a_run_cost_nothing(bird_root, tmp_path, one_thread):
-    """SIGKILL when the log is one epoch ahead of the checkpoint; then SIGTERM, which reaches the loader processes as well."""
+    """SIGKILL when the log is one epoch ahead of the checkpoint, SIGKILL in the next epoch's third step, then SIGTERM there,
+    which reaches the loader processes as well."""
     straight, run = tmp_path / "straight", tmp_path / "run"
     train.train(options(bird_root, straight))
     more = [*FEW_BIRDS, "--data-root", bird_root, "--out", run, "--epochs", 2, "--device", "cpu"]
     for what, code, where, lines, new in (("KILL", -signal.SIGKILL, (1, 0), 2, ()),
+                                          ("KILL in a step", -signal.SIGKILL, (1, 0), 1, ("--resume",)),
                                           ("TERM", 3, (1, 3), 1, ("--resume", "--workers", 2))):
         (tmp_path / "run.py").write_text(SIGNALLED.format(root=str(ROOT), what=what))
         result = ivpt_command(tmp_path / "run.py", *more, *new, start_new_session=True)
@@ -1985,6 +2082,8 @@ def test_a_non_finite_loss_takes_no_step_and_stops_the_run(bird_root, tmp_path, 
     assert (run / "last.pt").read_bytes() == before
     error = capsys.readouterr().err
     assert error.count("no step taken") == 3 and error.count(".jpg") == 48 and "last good state" in error
+    named = [f"{bird_root}/CUB_200_2011/{name}" for name in re.findall(r"\S+\.jpg", error)]
+    assert len(set(named)) == 48 and all(map(os.path.isfile, named))
 
 
 def test_one_bad_batch_is_left_out_of_the_log(bird_root, tmp_path, monkeypatch):
@@ -2012,6 +2111,12 @@ def test_overwrite_forgets_the_old_run_at_once(bird_root, tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train.train(options(bird_root, run, "--overwrite"))
     assert sorted(p.name for p in run.iterdir()) == ["config.json", "log.jsonl"] and log_of(run) == []
+    before = [path.stat().st_mtime_ns for path in run.iterdir()]
+    with pytest.raises(ValueError, match="saved nothing yet.*--overwrite"):  # killed, or in its first epoch right now
+        train.train(options(bird_root, run))
+    with pytest.raises(FileNotFoundError, match="last.pt is not there.*--overwrite"):
+        train.train(options(bird_root, run, "--resume"))
+    assert [path.stat().st_mtime_ns for path in run.iterdir()] == before
 
 
 def test_a_killed_or_failing_save_keeps_the_last_checkpoint(tmp_path, monkeypatch):
@@ -2023,14 +2128,26 @@ def test_a_killed_or_failing_save_keeps_the_last_checkpoint(tmp_path, monkeypatc
     assert torch.load(path, weights_only=True) == {"epoch": 1} and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
     with pytest.raises(OSError, match="log.jsonl: could not be written.*none before it"):
         ivpt.save(tmp_path / "log.jsonl", "a line")
+    monkeypatch.undo()
+    monkeypatch.setattr(ivpt, "open", FullDisk, raising=False)  # torch's own writer is in the middle of the file
+    with pytest.raises(OSError, match="No space left.*the one before it stands"):
+        ivpt.save(path, {"epoch": 2, "model": torch.zeros(9999)})
+    monkeypatch.undo()
+    assert torch.load(path, weights_only=True) == {"epoch": 1} and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
     child = multiprocessing.get_context("fork").Process(target=killed_while_saving, args=(path,))
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
     assert torch.load(path, weights_only=True) == {"epoch": 1}
-    monkeypatch.undo()
     ivpt.save(path, {"epoch": 3})  # what the killed one left is no obstacle
     assert torch.load(path, weights_only=True) == {"epoch": 3}
+
+
+class FullDisk(io.FileIO):
+    def write(self, content):
+        if self.tell() + len(content) > 4096:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(content)
 
 
 def killed_while_saving(path):
@@ -2507,6 +2624,8 @@ def damaged(kind, path):
         torch.save({"format": "ivpt"}, path)
     elif kind == "pickle":
         torch.save({"format": "ivpt", "options": Harm()}, path)
+    elif kind == "raw pickle":
+        path.write_bytes(pickle.dumps(Harm()))
     elif kind == "shape":
         checkpoint = torch.load(path, weights_only=True)
         checkpoint["model"]["concepts.0.prototypes"] = torch.zeros(3, 128)
@@ -2533,8 +2652,39 @@ def test_damaged_checkpoints_are_named(kind, says, bird_root, tmp_path):
             train.load_run(path, o, None, 1)
 
 
+def test_scripts_say_damage_to_a_checkpoint_in_one_line(bird_root, tmp_path, recwarn):
+    """train.py --resume and evaluate.py meet every kind of damage; fields of another type, too."""
+    path, whole = tmp_path / "run" / "last.pt", tmp_path / "whole.pt"
+    more = [*FEW_BIRDS, "--data-root", bird_root, "--out", path.parent, "--epochs", "1", "--device", "cpu", "--resume"]
+    train.train(options(bird_root, path.parent, "--epochs", 1))
+    os.replace(path, whole)
+
+    def change(name, value):
+        checkpoint = torch.load(whole, weights_only=True)
+        place = checkpoint["options"] if name in checkpoint["options"] else checkpoint
+        place[name] = value
+        torch.save({key: value for key, value in checkpoint.items() if value is not None}, path)
+
+    for kind, says in (("truncated", "truncated"), ("empty", "empty"), ("pickle", "not a torch file"), ("raw pickle", "not a torch file")):
+        shutil.copy(whole, path)
+        damaged(kind, path)
+        for error in (script_fails(train.main, *more), script_fails(evaluate.main, "--ckpt", path)):
+            assert str(path) in error and says in error
+    for name, value in (("data_root", 5), ("image_size", "x"), ("classes", {}), ("options", None)):
+        change(name, value)
+        for error in (script_fails(train.main, *more), script_fails(evaluate.main, "--ckpt", path)):
+            assert f"{name} is missing or of another type" in error
+    for name, value, says in (("epoch", "x", "epoch is missing or of another type"), ("images", None, "images is missing"),
+                              ("optimizer", {}, "optimizer, scheduler or random states are damaged"),
+                              ("scheduler", [], "scheduler is missing"), ("random", [{"cpu": torch.zeros(3)}], "random states are damaged"),
+                              ("random", [0, 0], "written by 2 processes")):
+        change(name, value)
+        assert says in script_fails(train.main, *more)
+    assert not recwarn.list  # torch warns of an old pickle before it refuses it
+
+
 @pytest.mark.parametrize("arguments, says", [
-    (["--image-size", "100"], "divisible by the patch"), (["--prototypes", "17"], "prototypes"),
+    (["--resume", "--overwrite"], "--resume --overwrite"), (["--image-size", "100"], "divisible by the patch"), (["--prototypes", "17"], "prototypes"),
     (["--prototypes", "17", "14", "11", "8", "1"], "prototypes"), (["--batch-size", "0"], "--batch-size"),
     (["--data", "birds"], "--data"), (["--weights", "nowhere.pth"], "nowhere.pth"), (["--resume"], "--resume"),
     (["--batch-size", "9", "--accumulate", "2"], "--accumulate"), (["--batch-size", "100"], "training images"),
@@ -2552,14 +2702,34 @@ def test_bad_options_are_one_line(arguments, says, bird_root, tmp_path, monkeypa
     assert end.value.code == 2 and captured.startswith("error: ") and "\n" not in captured and says in captured
 
 
-def test_a_corrupt_image_and_a_folder_that_cannot_be_written_are_named(bird_root, tmp_path):
-    """Met by a loader process, in the middle of an epoch: still one line."""
+def test_a_corrupt_image_and_a_folder_that_cannot_be_written_are_named(bird_root, tmp_path, monkeypatch, one_thread):
+    """Met by a loader process, in the middle of an epoch: still one line, and a checkpoint from before that step. Other data
+    is refused there; once the image is mended the run goes on as if nothing had been."""
     shutil.copytree(bird_root, tmp_path / "birds")
-    broken = next((tmp_path / "birds").rglob("0003.jpg"))
-    broken.write_bytes(broken.read_bytes()[:700])
+    dataset = data.Images(tmp_path / "birds" / "CUB_200_2011", "train", "train", 56)
+    order = train.epoch_batches(dataset, options(bird_root, tmp_path), 0, 0, 1).flatten()
+    broken, straight, run = dataset.files[order[40]], tmp_path / "straight", tmp_path / "run"  # in the third of five steps
+    content = broken.read_bytes()
+    broken.write_bytes(content[:700])
     more = [*FEW_BIRDS, "--data-root", tmp_path / "birds", "--workers", "1"]
-    result = ivpt_command("train.py", *more, "--out", tmp_path / "run")
-    one_line_error(result, str(broken))
+    result = ivpt_command("train.py", *more, "--out", run, "--epochs", "1", "--device", "cpu", "--accumulate", "2")
+    one_line_error(result, str(broken), "--resume")
+    assert torch.load(run / "last.pt", weights_only=True)["step"] == 2
+    broken.write_bytes(content)
+    split = dataset.folder / "train_test_split.txt"
+    lists = split.read_text()
+    split.write_text(lists.replace(" 1\n", " 0\n", 1))
+    resume = options(tmp_path / "birds", run, "--epochs", 1, "--accumulate", 2, "--resume")
+    with pytest.raises(ValueError, match="trained on 80 images.*has 79 images"):
+        train.train(resume)
+    split.write_text(lists)
+    train.train(resume)
+    train.train(options(bird_root, straight, "--epochs", 1, "--accumulate", 2))
+    assert all(torch.equal(a, b) for a, b in zip(parameters(straight).values(), parameters(run).values()))
+    assert log_of(straight) == log_of(run)
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only file system")))
+    for error in (script_fails(train.main, *more, "--out", tmp_path / "new"), script_fails(evaluate.main, "--ckpt", run / "last.pt")):
+        assert "cannot be written (Read-only file system)" in error
     (tmp_path / "file").write_text("")
     one_line_error(ivpt_command("train.py", *more, "--out", tmp_path / "file" / "run"), "--out", "cannot be written")
 
@@ -2573,7 +2743,8 @@ def test_exit_codes_reach_the_shell(monkeypatch, capsys):
         assert end.value.code == code
     no_memory = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
     for error, says in ((torch.OutOfMemoryError("CUDA out of memory"), "--accumulate"), (RuntimeError(no_memory), "--accumulate"),
-                        (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), "--workers")):
+                        (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), "--workers"),
+                        (RuntimeError("[pair.cc:544] Connection closed by peer [127.0.0.1]:9"), "another process")):
         monkeypatch.setattr(train, "train", lambda o: (_ for _ in ()).throw(error))
         with pytest.raises(SystemExit) as end:
             train.main()
@@ -2618,6 +2789,10 @@ def test_two_processes_train_and_evaluate_like_one(bird_root, tmp_path, monkeypa
     """torchrun over gloo, each batch in two processes x two parts: with the terms that see their own part only made equal,
     the gradient is one process's; rank 0 alone writes; the sharded metrics equal one process's."""
     run, alone = tmp_path / "run", tmp_path / "alone"
+    root = tmp_path / "birds"
+    shutil.copytree(bird_root, root)
+    split = root / "CUB_200_2011" / "train_test_split.txt"
+    split.write_text(split.read_text().replace(" 0\n", " 1\n", 1))  # 19 images to evaluate: one process has one more
     equal = """
 torch.nn.functional.gumbel_softmax = lambda logits, tau: logits.softmax(-1)
 data.sample_affine = lambda: torch.tensor([[0.0, 1, 0], [-1, 0, 0]])
@@ -2627,11 +2802,10 @@ train.presence = lambda A: 0 * A.sum()
     for owner, name in ((F, "gumbel_softmax"), (data, "sample_affine"), (train, "presence")):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # put back at the end
     exec(equal, dict(torch=torch, data=data, train=train))
-    more = [*FEW_BIRDS, "--data-root", bird_root, "--epochs", "1", "--device", "cpu", "--batch-size", "80", "--out"]
+    more = [*FEW_BIRDS, "--data-root", root, "--epochs", "1", "--device", "cpu", "--batch-size", "80", "--out"]
     train.train(train.parse(list(map(str, [*more, alone]))))  # a single step: Adam's first moment is the gradient
-    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                             str(tmp_path / "run.py"), *map(str, more), str(run), "--accumulate", "2"], capture_output=True,
-                            text=True, timeout=240, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = ivpt_command(*torchrun, tmp_path / "run.py", *more, run, "--accumulate", "2")
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.count("accuracy") == 1 and len((run / "log.jsonl").read_text().splitlines()) == 1
     checkpoint = torch.load(run / "last.pt", weights_only=True)
@@ -2640,12 +2814,17 @@ train.presence = lambda A: 0 * A.sum()
     for i, state in checkpoint["optimizer"]["state"].items():  # fp32 sums in another order
         scale = expected[i]["exp_avg"].abs().max().item()
         torch.testing.assert_close(state["exp_avg"], expected[i]["exp_avg"], rtol=1e-3, atol=1e-3 * scale + 1e-9)
-    model, _ = ivpt.load_checkpoint(run / "last.pt")
-    alone = evaluate.evaluate(model, bird_root / "CUB_200_2011", 56, seed=42, progress=False)
-    together = json.loads((run / "metrics.json").read_text())
-    for a, b in zip(alone["layers"], together["layers"]):
-        assert a == b
-    assert alone["accuracy"] == together["accuracy"]
+    together = (run / "metrics.json").read_bytes()
+    evaluate.main(["--ckpt", str(run / "last.pt")])
+    assert (run / "metrics.json").read_bytes() == together and json.loads(together)["protocol"]["images"] == 19
+    (run / "metrics.json").unlink()
+    result = ivpt_command(*torchrun, ROOT / "evaluate.py", "--ckpt", run / "last.pt")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (run / "metrics.json").read_bytes() == together and result.stdout.count("accuracy") == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for option in ("--visualize", "--image"):
+        assert "one process draws" in script_fails(evaluate.main, "--ckpt", run / "last.pt", option, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 # ---- evaluate.py: the metrics on hand-computed cases -----------------------------------------------------------------
@@ -3090,6 +3269,11 @@ def test_evaluate_command_line_writes_metrics_and_gallery(tmp_path, monkeypatch,
     evaluate.main(["--ckpt", str(run / "last.pt"), "--visualize", str(pictures)])
     first = (run / "metrics.json").read_bytes()
     evaluate.main(["--ckpt", str(run / "last.pt"), "--batch-size", "3"])
+    with monkeypatch.context() as patch:                                    # a full disk: the old numbers stand
+        patch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(SystemExit):
+            evaluate.main(["--ckpt", str(run / "last.pt"), "--seed", "5"])
+        assert "metrics.json: could not be written ([Errno 28] No space left" in capsys.readouterr().err
     assert (run / "metrics.json").read_bytes() == first and json.loads(first)["protocol"]["recipe"]["bias"] == "after"
     page = (pictures / "index.html").read_text()
     links = re.findall(r"(?:src|href)='([^'#]+)'", page)
@@ -3186,6 +3370,7 @@ def test_evaluate_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("error, code, words", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), 2, "out of memory"),
+    (MemoryError(), 2, "lower --batch-size"), (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "lower --batch-size"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 2, "DataLoader worker (pid 7) is killed"),
     (OSError("Caught OSError in DataLoader worker process 0.\nTraceback:\nPermissionError: x.png"), 2, "error: x.png"),
     (KeyboardInterrupt(), 130, "interrupted")])
