@@ -92,7 +92,8 @@ def locked(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path.with_name(f".{path.name}.lock"), "w")
     except OSError as error:
-        raise OSError(f"{path.parent}: cannot write there ({error.strerror}); choose another --data-root (weights: TORCH_HOME)") from None
+        raise OSError(f"{path.parent}: cannot write there ({error.strerror}); choose another --data-root (weights: "
+                      "TORCH_HOME)") from None
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

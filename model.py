@@ -712,7 +712,8 @@ def read_checkpoint(path, **more):
     """
     checkpoint = read_torch_file(path, "checkpoint")
     if wrong := misfit(checkpoint, FIELDS | more) or misfit(checkpoint["options"], OPTIONS):
-        raise ValueError(f"checkpoint {path}: not written by train.py ({wrong} is missing or of another type); expected a run's last.pt")
+        raise ValueError(f"checkpoint {path}: not written by train.py ({wrong} is missing or of another type); expected a run's "
+                         "last.pt")
     return checkpoint
 
 

@@ -350,9 +350,10 @@ def described(dataset):
 
 def load_run(path, o, dataset, world):
     """The checkpoint --resume goes on from, after checking that it is this run's."""
-    checkpoint = ivpt.read_checkpoint(path, optimizer=dict, scheduler=dict, epoch=int, step=int, sums=dict, random=list, images=str)
-    free = {"resume", "overwrite", "device", "workers", "data", "data_root", "out", "weights", "amp", "compile", "bench", "accumulate"}
-    free |= {"epochs"} if o.method != "protopnet" else set()  # its last stage is counted from the end
+    checkpoint = ivpt.read_checkpoint(path, optimizer=dict, scheduler=dict, epoch=int, step=int, sums=dict, random=list,
+                                      images=str)
+    free = {"resume", "overwrite", "device", "workers", "data", "data_root", "out", "weights", "amp", "compile", "bench"}
+    free |= {"accumulate", "epochs"} if o.method != "protopnet" else {"accumulate"}  # its last stage is counted from the end
     for name, value in asdict(o).items():
         found = checkpoint["options"].get(name)
         if name not in free and found != value:
@@ -397,7 +398,8 @@ def check_run_folder(o):
     if last.is_file() and not (o.resume or o.overwrite):
         raise ValueError(f"--out {o.out}: holds a run already; go on with --resume, replace it with --overwrite, or name another")
     if any(last.with_name(name).is_file() for name in ("config.json", "log.jsonl")) and not (o.resume or o.overwrite):
-        raise ValueError(f"--out {o.out}: holds a run that has saved nothing yet; if it no longer runs, replace it with --overwrite")
+        raise ValueError(f"--out {o.out}: holds a run that has saved nothing yet; if it runs no more, replace it with "
+                         "--overwrite, or name another")
     return evaluate.writable(last.parent, "--out") / last.name
 
 
@@ -470,8 +472,8 @@ def train(o):
         if chief:
             ivpt.save(last, dict(
                 format="ivpt", options=asdict(o), classes=dataset.classes, parts=dataset.parts, images=described(dataset),
-                epoch=epoch, step=step, sums=sums, model=ivpt.trained_state(model), fingerprint=fingerprint, optimizer=optimizer.state_dict(),
-                scheduler=scheduler.state_dict(), random=states))
+                epoch=epoch, step=step, sums=sums, model=ivpt.trained_state(model), fingerprint=fingerprint,
+                optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(), random=states))
 
     last_stage = o.epochs - min(5, o.epochs // 2) if o.method == "protopnet" else None  # the last layer's first epoch
     stop, bad_in_a_row, steps = [], 0, len(dataset) // o.batch_size
