@@ -2730,8 +2730,9 @@ def test_a_corrupt_image_and_a_folder_that_cannot_be_written_are_named(bird_root
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only file system")))
     for error in (script_fails(train.main, *more, "--out", tmp_path / "new"), script_fails(evaluate.main, "--ckpt", run / "last.pt")):
         assert "cannot be written (Read-only file system)" in error
+    monkeypatch.undo()
     (tmp_path / "file").write_text("")
-    one_line_error(ivpt_command("train.py", *more, "--out", tmp_path / "file" / "run"), "--out", "cannot be written")
+    assert f"--out {tmp_path / 'file' / 'run'}: cannot be written" in script_fails(train.main, *more, "--out", tmp_path / "file" / "run")
 
 
 def test_exit_codes_reach_the_shell(monkeypatch, capsys):
