@@ -380,9 +380,10 @@ def read_image(path, upright=False):
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file) if upright else file
-            if image.mode[0] in "IF":                       # 16 bit or 0 to 1: convert() would clip it at 255
-                values = np.asarray(image) * (1 / 256 if image.mode[0] == "I" else 255)
-                image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+            if image.mode[0] in "IF":                       # 16 bit or float: convert() would clip it at 255
+                values = np.asarray(image)                  # floats end at 1 (2: overshoot of a resize), 255 or 65535
+                scale = 1 / 256 if image.mode[0] == "I" or values.max() > 256 else 255 if values.max() <= 2 else 1
+                image = Image.fromarray((scale * values).clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return image.convert("RGB")
@@ -613,7 +614,9 @@ class Images(torch.utils.data.Dataset):
     """Images of a folder in any layout that layout() knows.
 
     view "train": short side resized, augmented, random crop.   "test": short side resized, centre crop.
-    view "box": cropped to the bounding box and squashed, as the part metrics want it (Huang et al. 2023).
+    view "box": cropped to the bounding box and squashed, as the part metrics want it (Huang et al. 2023). Its corners are
+    trunc(x), trunc(y), trunc(x + w), trunc(y + h), black beyond the image; the original program truncates x, y, w, h and the
+    key points as it reads them and clips at the image: the same for whole numbers, CUB's, and boxes within the image.
     Item: image (3, S, S) normalised float32, label, keypoints (M, 3) of x, y, visible, index. Key points are in pixels
     of the view, and of the metrics' 224 x 224 frame in "box". The augmentation is a function of (seed, epoch, index).
     """

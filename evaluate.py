@@ -4,6 +4,9 @@
     python evaluate.py --ckpt runs/toy/last.pt --visualize runs/toy/pictures     # and a gallery: open its index.html
     python evaluate.py --ckpt runs/toy/last.pt --image bird.jpg                  # why this image got its class
     torchrun --nproc_per_node=4 evaluate.py --ckpt runs/cub/last.pt              # the same numbers from four GPUs
+
+On whole-numbered annotations, CUB's, the metrics equal the original program's but for boxes over the image's rim; see the
+box view of data.Images.
 """
 import argparse
 import colorsys
@@ -74,6 +77,9 @@ def part_hits(attention, keypoints, half_size=HALF_SIZE):
 
 def per_class(values, labels):
     """values (n, ...) -> fp64 sums over the images of every class that has any (C, ...), and the class sizes (C,)."""
+    labels = torch.as_tensor(labels, device=values.device)
+    if not len(labels):
+        raise ValueError("consistency, stability: no images, expected one or more; pass the hits of a test set")
     classes, slot, sizes = labels.unique(return_inverse=True, return_counts=True)
     sums = torch.zeros(len(classes), *values.shape[1:], dtype=torch.float64, device=values.device)
     return sums.index_add_(0, slot, values.double()), sizes
@@ -171,8 +177,8 @@ class Tally:
         mean square distance of its peaks from their mean; peak_spread: the mean of these. nmi, ari: the region at a
         visible key point against its part, over all of the test view, background counting as a region: the variant of
         Choudhury et al. (2021) and van der Klis et al. (2023) for birds, which have key points and no part masks, so
-        that no other patch has a true part. parts_hit: per concept, the three parts it hits in most of their images. The
-        last three are None where every class has prototypes of its own."""
+        that no other patch has a true part. parts_hit: per concept, the three parts it hits in most images, each with the
+        share of the images that show it. What is None has its reason in reasons()."""
         peaks, noisy_peaks = torch.cat(self.peaks, 1)                                                     # (n, K-1, 2)
         n, concepts, _ = peaks.shape
         owner, rows = labels % len(self.maps), peaks.double().flatten(1)                                          # (n,)
@@ -185,28 +191,40 @@ class Tally:
             foreground_inside=percent(won[1], inside), foreground_outside=percent(won[0], outside),
             winning=percent((self.patches[:, :-1].sum(0) > 0).sum(), concepts),
             peak_spread=spread.mean().item(), peak_spreads=spread.tolist(), **dict.fromkeys(PART_METRICS))
-        if not parts:
+        visible = keypoints[:, :, 2] > 0                                                                    # (n, M)
+        if not visible.any():
             return result
-        hits, noisy_hits, visible = hits_of(peaks, keypoints), hits_of(noisy_peaks, keypoints), keypoints[:, :, 2] > 0
+        hits, noisy_hits = hits_of(peaks, keypoints), hits_of(noisy_peaks, keypoints)                    # (n, K-1, M)
         constant = hits_of(find_peaks(self.maps / sizes[..., None, None])[owner], keypoints)
         rng = np.random.default_rng(seed)
         drawn = (hits_of(torch.from_numpy(rng.integers(0, FRAME, peaks.shape)), keypoints) for _ in range(RANDOM_DRAWS))
         chance = np.mean([consistency(random, visible, labels) for random in drawn]).item()
         score, spot = consistency(hits, visible, labels), consistency(constant, visible, labels)
-        shares = 100 * hits.sum(0).double() / visible.sum(0).clamp(min=1)                                   # (K-1, M)
-        best = shares.argsort(dim=1, descending=True, stable=True)[:, :3]
+        count = hits.sum(0).double()                                                                        # (K-1, M)
+        shares = 100 * count / visible.sum(0).clamp(min=1)
+        best = (count + shares / 101).argsort(dim=1, descending=True, stable=True)[:, :3]   # equal counts: by their share
         nmi, ari = agreement(self.at_points)
         if len(self.maps) > 1:                                              # prototype k is another one in every class
             nmi, ari, best = None, None, best[:0]
         return result | dict(
             consistency=score, stability=stability(hits, noisy_hits, labels), constant_location=spot,
             over_constant=score - spot, random_location=chance, nmi=nmi, ari=ari,
-            parts_hit=[[[parts[m], row[m].item()] for m in top] for row, top in zip(shares, best)] or None)
+            parts_hit=[[[parts[m], row[m].item()] for m in top if row[m]] for row, top in zip(shares, best)] or None)
 
 
 PART_METRICS = "consistency stability constant_location over_constant random_location nmi ari parts_hit".split()
-NO_PARTS = ("the data has no key points (in CUB's layout: parts/parts.txt); consistency, stability, their controls, NMI "
-            "and ARI need them")
+NO_PARTS = "the data has no key points (in CUB's layout: parts/parts.txt)"
+
+
+def reasons(layer, parts, of_classes):
+    """Why metrics of a layer, and so of every one, are None: {name: reason}; None where none is."""
+    why = dict.fromkeys(PART_METRICS, "no key point is visible in any test image" if parts else NO_PARTS)
+    if layer["consistency"] is not None:
+        why |= dict.fromkeys(("nmi", "ari", "parts_hit"), "every class has prototypes of its own" if of_classes else
+                             "fewer than two key points are visible in the test views")
+    why |= dict(foreground_inside="no patch has its centre in a box",
+                foreground_outside="no patch has its centre outside a box; in data without boxes all is inside")
+    return {name: reason for name, reason in why.items() if layer[name] is None} or None
 
 
 def percent(part, whole):
@@ -225,12 +243,25 @@ def join_ranks(correct, keypoints, tallies, world):
 
 
 # ---- 4. The evaluation: one pass, three forwards an image ------------------------------------------------------------
+def checked(output):
+    """The model's output. ValueError where its logits or maps are not finite: argmax would take NaN for a peak."""
+    named = {f"the maps of layer {l}": maps for l, maps in enumerate(output.attention, 1)} | dict(logits=output.logits)
+    for name, values in named.items():
+        if not values.sum().isfinite():
+            raise ValueError(f"{name}: not finite (NaN or infinite), expected numbers; try --no-amp, or train it again")
+    return output
+
+
+
 @torch.inference_mode()
 def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, seed=0, split="test", progress=True,
              recipe=None, gallery=None):
-    """Accuracy, and every concept layer's metrics, on a split of a folder of data -> dict, as in metrics.json.
+    """Accuracy, and every concept layer's metrics, on a split of a folder of data -> dict, as in metrics.json. The part
+    metrics take two forwards, of the box without and with noise; accuracy and what is said of regions take a third, of
+    the uncropped view: the classifier learnt from such, and only there is an outside of the box.
     amp: bf16 autocast. progress: bar and timing on the terminal. recipe: names the method in the protocol. gallery: a
-    Gallery, shown every batch. Without key points what needs them is None, and "unavailable" says why."""
+    Gallery, shown every batch. What the data cannot give is None, and "unavailable" says why. Raises ValueError where
+    the model's output is not finite."""
     device, training = next(model.parameters()).device, model.training
     views = Views(folder, split, image_size, seed, model.grid)
     parts, n, correct, keypoints, model_seconds, metric_seconds = views.test.parts, len(views), 0, [], 0.0, 0.0
@@ -246,16 +277,17 @@ def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, see
         began = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             own = (batch["label"].to(device),) if of_classes else ()        # choose the maps shown, not the prediction
-            outputs = [model(batch[view].to(device), *own) for view in ("image", "clean", "noisy")]
+            outputs = [checked(model(batch[view].to(device), *own)) for view in ("image", "clean", "noisy")]
         correct += (outputs[0].logits.argmax(1).cpu() == batch["label"]).sum().item()   # waits for the device, too
         forwards = time.perf_counter()
         for tally, *maps in zip(tallies, *(output.attention for output in outputs)):
             tally.add(*maps, batch["inside"], batch["patch"], batch["label"])
         keypoints.append(batch["points"])
-        model_seconds += forwards - began
-        metric_seconds += time.perf_counter() - forwards
+        counted = time.perf_counter()
+        model_seconds, metric_seconds = model_seconds + forwards - began, metric_seconds + counted - forwards
         if gallery:
             gallery.add(outputs[0], batch)
+            gallery.seconds += time.perf_counter() - counted
     model.train(training)
     began, keypoints = time.perf_counter(), torch.cat(keypoints or [torch.empty(0, len(parts), 3)])
     if world > 1:
@@ -267,7 +299,7 @@ def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, see
               f"({percent(metric_seconds, model_seconds):.1f} %)")
     head = max(0, len(layers) - 3)                       # the released program reports the third layer from the end
     return dict(
-        accuracy=100 * correct / n, layers=layers, unavailable=None if parts else NO_PARTS,
+        accuracy=100 * correct / n, layers=layers, unavailable=reasons(layers[0], parts, of_classes),
         headline=dict(layer=head, consistency=layers[head]["consistency"], stability=layers[head]["stability"]),
         protocol=dict(recipe=recipe, data=Path(folder).name, split=split, images=n, classes=len(views.test.classes),
                       classes_with_images=len(views.test.labels.unique()), parts=len(parts), image_size=image_size,
@@ -295,7 +327,10 @@ def table(metrics):
     for i, layer in enumerate(metrics["layers"]):
         cells = ("-" if layer[key] is None else format(layer[key], form) for _, key, form in COLUMNS)
         text += f"\n{i + 1:>5}{' *'[i == metrics['headline']['layer']]}" + "".join(f"{cell:>10}" for cell in cells)
-    return text + "\n" + (f"not available: {metrics['unavailable']}" if metrics["unavailable"] else LEGEND)
+    why = metrics["unavailable"] or {}
+    notes = (f"\nnot available: {', '.join(name for name in why if why[name] == reason)}: {reason}"
+             for reason in dict.fromkeys(why.values()))
+    return f"{text}\n{LEGEND}{''.join(notes)}"
 
 
 # ---- 5. Pictures: regions in colour, concepts in the spotlight -------------------------------------------------------
@@ -349,7 +384,7 @@ class Gallery:
         self.chosen = set(np.linspace(0, images - 1, min(examples, images)).astype(int).tolist())
         self.best = [(torch.zeros(K - 1, 0), torch.zeros(K - 1, 0).long(), torch.zeros(K - 1, 0, *model.grid).bool())
                      for K in model.prototypes]                             # strength, index, patches of each claim
-        self.groups = []                                                    # (K-1, G) sums of each prompted layer
+        self.groups, self.seconds = [], 0.0                                 # (K-1, G) sums of each prompted layer
 
     def add(self, output, batch):
         """A claim is a prototype's attention, summed over the patches it wins. Groups of empty regions do not count."""
@@ -393,7 +428,7 @@ class Gallery:
         body = "".join(f"<section id={title}><h2>{title}</h2>{text}</section>" for title, text in sections.items())
         (folder / "index.html").write_text(
             f"<!doctype html><meta charset=utf-8><title>IVPT</title><style>{STYLE}</style>"
-            f"<h1>What each concept sees</h1><nav>{links}</nav>{body}\n", encoding="utf-8")
+            f"<h1>What each concept sees</h1><nav>{links}</nav>{body}\n", encoding="utf-8", errors="replace")
 
     def regions(self, dataset):
         names = [html.escape(re.sub(r"^\d+\.", "", name).replace("_", " ")) for name in dataset.classes]
@@ -401,12 +436,16 @@ class Gallery:
         heads = "".join(f"<b>layer {l + 1}</b>" for l in range(len(self.best)))
         text = ("<p>The image with its key points, then the regions of every layer. Every patch goes to the concept "
                 "that claims it most; pale is background. Numbers and colours start afresh in every layer.</p>"
+                + "<p>Rest the pointer on a row for the names of its key points.</p>" * bool(dataset.parts)
                 + "<p>The data has no key points: no dots, and no part names below.</p>" * (not dataset.parts)
                 + f"<div class=legend>Concepts: {chips}<div><b>image</b>{heads}</div></div>")
         for index, (_, guess, chance) in sorted(self.examples.items()):
             truth = int(dataset.labels[index])
             look, mark = ("right", "✓") if guess == truth else ("wrong", "✗")
-            text += (f"<figure><img src='pictures/image_{index}.jpg' alt=''>predicted <b>{names[guess]}</b> "
+            _, _, points, _ = dataset[index]
+            seen = ", ".join(dataset.parts[m] for m in points[:, 0].argsort() if points[m, 2])
+            title = f"title='From left to right: {html.escape(seen)}'" * bool(seen)
+            text += (f"<figure><img src='pictures/image_{index}.jpg' alt='' {title}>predicted <b>{names[guess]}</b> "
                      f"({100 * chance:.0f} %) <span class={look}>{mark} truly {names[truth]}</span></figure>")
         return text
 
@@ -472,8 +511,8 @@ def curves(log):
         path = " ".join(f"{x:.1f},{75 - 65 * (value - low) / span:.1f}" for x, value in points)
         text += (f"<figure>{html.escape(key.replace('_', ' '))} <b>{values[-1]:.4g}</b><svg viewBox='0 0 200 96'>"
                  f"<path d='M{path}h0' style='stroke:#2563a8'/><text x='5' y='92'>{low:.3g} to {max(values):.3g}</text>"
-                 "</svg></figure>")
-    note = "Bold: the last value; below: the range." if rows else "No numbers in the run's log.jsonl: no curves."
+                 f"<text x='195' y='92' text-anchor='end'>to epoch {len(rows)}</text></svg></figure>")
+    note = "From left to right: the epochs, the first is 1. Bold: the last value; below: the range." if rows else "No numbers in the run's log.jsonl: no curves."
     return f"<p>{note}</p><div class=cards>{text}</div>"
 
 
@@ -491,12 +530,15 @@ i{display:inline-block;width:12px;height:12px;border-radius:3px;margin:0 4px 0 8
 
 # ---- 7. One image explained ------------------------------------------------------------------------------------------
 @torch.inference_mode()
-def explain(model, image, classes):
+def explain(model, image, classes, amp=False):
     """image (3, S, S) normalised -> top [(class, percent)], the five likeliest; votes [G]; regions [(h, w)] by layer.
+    amp: bf16 autocast.
     A coarse concept's vote is its score of the winner less that of the runner-up, over G: above zero it speaks for the
     winner, below zero against it, and the votes sum to the margin between the two logits. ProtoPNet's votes are those of
     the winner's own prototypes; a last one, of all the others, completes the sum."""
-    output = model(image[None].to(next(model.parameters()).device))
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        output = checked(model(image[None].to(device)))
     chances, order = output.logits[0].float().softmax(0).sort(descending=True, stable=True)
     scores = output.logits[:0] if output.concept_logits is None else output.concept_logits[0].float()       # (G, C)
     votes = (scores[:, order[0]] - scores[:, order[:2][-1]]) / max(1, len(scores))
@@ -542,7 +584,7 @@ def draw_explanation(picture, top, votes, regions, prototypes):
     return sheet
 
 
-def explain_files(model, files, classes, image_size, folder):
+def explain_files(model, files, classes, image_size, amp, folder):
     """Explain every file; the pictures go into `folder`, or beside the images where it is None."""
     files, targets = [Path(file) for file in files], []
     images = [data.resize_short(data.read_image(file, upright=True), image_size) for file in files]
@@ -551,7 +593,7 @@ def explain_files(model, files, classes, image_size, folder):
         while target in targets:                                            # a.jpg and a.png, or a.jpg of two folders
             target = target.with_stem(f"{target.stem}_{len(targets) + 1}")
         targets.append(target)
-        result = *explain(model, data.to_tensor(crop), classes), model.prototypes
+        result = *explain(model, data.to_tensor(crop), classes, amp), model.prototypes
         draw_explanation(np.asarray(crop), *result).save(target)
         print(f"\n{file}, drawn in {target}\n{words(*result)}")
 
@@ -616,9 +658,12 @@ def run(o):
     device = local_device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     trained, classes, size = checkpoint["options"], checkpoint["classes"], checkpoint["options"]["image_size"]
+    amp, seed = (trained[key] if vars(o)[key] is None else vars(o)[key] for key in ("amp", "seed"))
     if o.image:
-        return explain_files(model, o.image, classes, size, out)
+        return explain_files(model, o.image, classes, size, amp, out)
     writable(home, "--ckpt")                                                # metrics.json goes there
+    if out:
+        writable(out / "pictures", "--visualize")
     root = o.data_root or (trained["data_root"] if o.data in (None, trained["data"]) else None)
     folder = data.find(o.data or trained["data"], root)
     dataset = data.Images(folder, "test", "test", size)
@@ -626,7 +671,6 @@ def run(o):
         raise ValueError(f"{folder}: found {len(dataset.classes)} classes, expected the {len(classes)} of {o.ckpt}; "
                          "name its data by --data and --data-root")
     gallery = Gallery(model, len(dataset)) if out else None
-    amp, seed = (trained[key] if vars(o)[key] is None else vars(o)[key] for key in ("amp", "seed"))
     recipe = {key: trained.get(key) for key in METHOD}
     rank, _ = start_processes(device)                                       # nothing is fetched from here on
     metrics = evaluate(model, folder, size, o.batch_size, o.workers, amp, seed, recipe=recipe, gallery=gallery)
@@ -635,9 +679,9 @@ def run(o):
     print(f"\n{table(metrics)}")
     ivpt.save(home / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     if gallery:
-        began = time.perf_counter()
+        began = time.perf_counter() - gallery.seconds
         gallery.write(out, metrics, dataset, home / "log.jsonl")
-        print(f"gallery drawn in {time.perf_counter() - began:.1f} s: {out / 'index.html'}")
+        print(f"gallery gathered and drawn in {time.perf_counter() - began:.1f} s: {out / 'index.html'}")
 
 
 def main(argv=None):
@@ -668,4 +712,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")                                # a terminal may lack a file name's letters
     main()

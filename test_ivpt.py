@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -2919,6 +2920,16 @@ def test_evaluate_classes_count_alike_and_missing_ones_not_at_all():
     assert evaluate.stability(two, noisy, labels) == pytest.approx(250 / 3, abs=1e-12)
 
 
+def test_evaluate_labels_may_be_a_list_or_an_array_but_images_there_must_be():
+    hits, seen = evaluate_hits("x", "x", ".", "."), torch.ones(4, 1)
+    for labels in ([7, 2, 7, 7], np.array([7, 2, 7, 7])):
+        assert evaluate.consistency(hits, seen, labels) == 50
+        assert evaluate.stability(hits, hits, labels) == 100
+    for metric in (evaluate.consistency, evaluate.stability):
+        with pytest.raises(ValueError, match="no images, expected one or more"):
+            metric(hits[:0], hits[:0, 0] if metric is evaluate.consistency else hits[:0], torch.empty(0).long())
+
+
 def test_evaluate_stability_wants_the_whole_set_unchanged():
     labels = torch.zeros(4, dtype=torch.long)
     clean, noisy = evaluate_hits("xx.", "x..", "...", ".x."), evaluate_hits("xx.", "xx.", "...", "..x")
@@ -3022,7 +3033,7 @@ EVALUATE_LABELS = [0, 0, 0, 0, 2, 2, 2, 2]
 def test_evaluate_end_to_end_by_hand(tmp_path):
     folder = evaluate_folder(tmp_path / "cub", EVALUATE_SPOTS, EVALUATE_LABELS)
     metrics = evaluate.evaluate(EvaluateFake(), folder, 56, progress=False)
-    assert metrics["accuracy"] == 50 and metrics["unavailable"] is None
+    assert metrics["accuracy"] == 50 and list(metrics["unavailable"]) == ["foreground_outside"]      # boxes: whole images
     follow_and_stay, one_more_stays, same_again = metrics["layers"]
     assert follow_and_stay["consistency"] == 50 and one_more_stays["consistency"] == pytest.approx(100 / 3)
     assert follow_and_stay["constant_location"] == 0 and follow_and_stay["over_constant"] == 50
@@ -3090,7 +3101,7 @@ def test_evaluate_equals_the_protocol_written_out(tmp_path):
         assert {key: layer[key] for key in expected} == pytest.approx({k: float(v) for k, v in expected.items()})
         assert layer["wins"] == patches[l].sum(1).int().tolist()
         for row, best in zip(share, layer["parts_hit"]):
-            assert dict(map(tuple, best)) == pytest.approx({"mark": 100 * float(row[0]), "tail": 100 * float(row[1])})
+            assert dict(best) == pytest.approx({part: 100 * float(x) for part, x in zip(("mark", "tail"), row) if x})
     assert metrics["accuracy"] == 100 * right / n and 0 < right < n
     for key in ("stability", "random_location", "consistency", "constant_location", "foreground_inside"):
         assert len({layer[key] for layer in metrics["layers"]}) > 1, key    # or the check above would see nothing
@@ -3101,10 +3112,15 @@ def test_evaluate_equals_the_protocol_written_out(tmp_path):
     assert metrics["protocol"]["data"] == "cub" and not any(model.amp)
 
 
-def test_evaluate_amp_reaches_the_model(tmp_path):
+def test_evaluate_amp_reaches_the_model(tmp_path, monkeypatch):
     folder, model = evaluate_folder(tmp_path / "cub", EVALUATE_SPOTS, EVALUATE_LABELS), EvaluateConv()
     assert evaluate.evaluate(model, folder, 56, amp=True, progress=False)["protocol"]["amp"] is True
     assert model.amp == [True] * 3
+    arguments = ["--ckpt", str(tmp_path / "last.pt"), "--image", str(bird_image(tmp_path / "bird.png"))]
+    for trained, more, wanted in ((True, [], True), (False, [], False), (True, ["--no-amp"], False), (False, ["--amp"], True)):
+        evaluate_checkpoint(monkeypatch, tmp_path, list("abcdefgh"), model, amp=trained)
+        evaluate.main([*arguments, *more])                                  # one image as all of them
+        assert model.amp.pop() is wanted
 
 
 def test_evaluate_nothing_but_the_seed_changes_the_numbers(tmp_path):
@@ -3112,6 +3128,15 @@ def test_evaluate_nothing_but_the_seed_changes_the_numbers(tmp_path):
     first, *others = (json.dumps(evaluate.evaluate(EvaluateFake(), folder, 56, progress=False, **options))
                       for options in ({}, {}, dict(batch_size=3), dict(batch_size=1, workers=2), dict(seed=1)))
     assert others[0] == others[1] == others[2] == first != others[3]
+
+
+def test_evaluate_batches_and_workers_change_nothing_of_a_real_model(bird_root):
+    """Its matrix products are rounded otherwise in batches of another size; peaks and counts stay, to the byte."""
+    first, *others = (json.dumps(evaluate.evaluate(tiny_ivpt(), bird_root / "CUB_200_2011", 70, size, workers, progress=False))
+                      for size, workers in ((32, 0), (3, 2), (1, 0)))
+    assert all(other == first for other in others)
+    layers = json.loads(first)["layers"]
+    assert len({layer["stability"] for layer in layers}) > 2 and all(len(set(layer["wins"])) > 2 for layer in layers)
 
 
 def test_evaluate_noise_is_clipped_and_belongs_to_the_image(tmp_path):
@@ -3144,10 +3169,69 @@ def test_evaluate_without_key_points(tmp_path, capsys):
     folder = evaluate_folder(tmp_path / "cub", EVALUATE_SPOTS, EVALUATE_LABELS, parts=())
     metrics = evaluate.evaluate(EvaluateFake(), folder, 56)
     assert "warning: the data has no key points" in capsys.readouterr().err
-    assert metrics["headline"]["consistency"] is None and "key points" in metrics["unavailable"]
+    assert metrics["headline"]["consistency"] is None and "parts.txt" in metrics["unavailable"]["consistency"]
     assert all(layer[key] is None for layer in metrics["layers"] for key in evaluate.PART_METRICS)
     assert metrics["layers"][0]["peak_spreads"][0] > 40 and metrics["accuracy"] == 50
-    assert "not available: the data has no key points" in evaluate.table(metrics)
+    assert re.search(r"not available: consistency, stability, .*nmi, ari.*: the data has no key points", evaluate.table(metrics))
+
+
+@pytest.mark.parametrize("kind, missing, reason", [
+    ("hidden", [*evaluate.PART_METRICS, "foreground_outside"], "no key point is visible in any test image"),
+    ("of classes", ["nmi", "ari", "parts_hit", "foreground_outside"], "prototypes of its own"),
+    ("one point", ["nmi", "ari", "foreground_outside"], "fewer than two key points"),
+    ("tiny boxes", ["foreground_inside"], "no patch has its centre in a box"), ("boxes", [], None)])
+def test_evaluate_every_metric_that_is_none_says_why(tmp_path, monkeypatch, kind, missing, reason):
+    boxes = {"tiny boxes": [(0, 0, 1, 1)] * 8, "boxes": [(0, 0, 40, 40)] * 8}.get(kind)
+    visible = {"hidden": [0] * 8, "one point": [1] + [0] * 7}.get(kind)
+    folder = evaluate_folder(tmp_path / "cub", EVALUATE_SPOTS, EVALUATE_LABELS, boxes=boxes, visible=visible)
+    if kind == "one point":
+        locations = folder / "parts" / "part_locs.txt"
+        locations.write_text(re.sub(r"(?m)^(\d+ 2 .*) 1$", r"\1 0", locations.read_text()))
+    if kind == "of classes":
+        monkeypatch.setattr(ivpt, "ProtoPNet", EvaluateFake)
+        monkeypatch.setattr(EvaluateFake, "forward", lambda self, x, *_, forward=EvaluateFake.forward: forward(self, x))
+    metrics = evaluate.evaluate(EvaluateFake(), folder, 56, progress=False)
+    for layer in metrics["layers"]:
+        assert [key for key, value in layer.items() if value is None] == sorted(missing, key=list(layer).index)
+    assert set(metrics["unavailable"] or ()) == set(missing) and (metrics["unavailable"] is None) == (not missing)
+    assert metrics["headline"]["stability"] == (None if kind == "hidden" else 100)
+    table = evaluate.table(metrics)
+    assert (reason in table if reason else "not available" not in table) and "* the headline" in table
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_evaluate_parts_are_named_by_the_images_in_which_they_are_hit():
+    """beak: seen once and hit once; crown: hit in 3 of 4; tail: in 3 of 3; belly: seen and never hit."""
+    peaks, labels = torch.zeros(4, 2, 7, 7), torch.zeros(4, dtype=torch.long)
+    peaks[:, 0, 1, 1] = 1.0
+    near, far = (48.0, 48.0), (200.0, 200.0)
+    points = torch.tensor([[(*near, i == 0), (*(near if i else far), 1), (*near, i > 0), (*far, 1)] for i in range(4)])
+    tally = evaluate.Tally(2, (7, 7), 4)
+    tally.add(peaks, peaks, peaks, torch.zeros(4, 49, dtype=torch.long), torch.full((4, 4), -1), labels)
+    names = ["beak", "crown", "tail", "belly"]
+    assert tally.summary(points, labels, names, 0)["parts_hit"] == [[["tail", 100], ["crown", 75], ["beak", 100]]]
+    assert tally.summary(points - torch.tensor((0, 0, 0)), labels, names, 0)["nmi"] is None
+    points[..., :2] = 224 - points[..., :2]                                 # nothing near the peak but the belly
+    assert tally.summary(points, labels, names, 0)["parts_hit"] == [[["belly", 100], ["crown", 25]]]
+
+
+@pytest.mark.parametrize("where, says", [(1, "the maps of layer 2"), (None, "logits")])
+def test_evaluate_what_is_not_finite_is_refused(tmp_path, monkeypatch, capsys, where, says):
+    folder = evaluate_folder(tmp_path / "data" / "CUB_200_2011", EVALUATE_SPOTS, EVALUATE_LABELS)
+    evaluate_checkpoint(monkeypatch, tmp_path / "data", data.Images(folder, "test", "test", 56).classes)
+
+    def spoilt(self, images, forward=EvaluateFake.forward):
+        output = forward(self, images)
+        (output.logits if where is None else output.attention[where]).view(-1)[-1] = math.nan
+        return output
+
+    monkeypatch.setattr(EvaluateFake, "forward", spoilt)
+    for more in ([], ["--image", str(bird_image(tmp_path / "bird.png"))]):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(["--ckpt", str(tmp_path / "last.pt"), *more])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith(f"error: {says}: not finite") and error.count("\n") == 1
+    assert not (tmp_path / "metrics.json").exists()
 
 
 def test_evaluate_odd_annotations(tmp_path):
@@ -3251,12 +3335,12 @@ def test_evaluate_curves_survive_any_log(tmp_path, text, shown, hidden):
     assert "no curves" in evaluate.curves(tmp_path / "none.jsonl")
 
 
-def evaluate_checkpoint(monkeypatch, root, classes):
+def evaluate_checkpoint(monkeypatch, root, classes, model=None, amp=False):
     """Have the command line meet the fake model in place of a trained one."""
-    options = dict.fromkeys(evaluate.METHOD) | dict(data="cub", data_root=str(root), image_size=56, amp=False, seed=3, recipe="paper", bias="after",
+    options = dict.fromkeys(evaluate.METHOD) | dict(data="cub", data_root=str(root), image_size=56, amp=amp, seed=3, recipe="paper", bias="after",
                    fusion="mlp", tune="none")
     checkpoint = dict(options=options, classes=classes)
-    monkeypatch.setattr(evaluate.ivpt, "load_checkpoint", lambda *_: (EvaluateFake(), checkpoint))
+    monkeypatch.setattr(evaluate.ivpt, "load_checkpoint", lambda *_: (model or EvaluateFake(), checkpoint))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)          # the fake stays on the CPU
 
 
@@ -3281,6 +3365,8 @@ def test_evaluate_command_line_writes_metrics_and_gallery(tmp_path, monkeypatch,
     assert len(set(links)) > 20 and all((pictures / link).is_file() for link in links)          # relative, and there
     assert "http" not in page and "<script" not in page and "Never win a patch: 3." in page
     assert ("mark 100\u00a0%" in page) == bool(parts) and ("no key points" in page) == (not parts) and "2.5 to 3.5" in page
+    assert ("title='From left to right: mark, tail'" in page) == ("title='From left to right: tail, mark'" in page) == bool(parts)
+    assert "</b> mark 100\u00a0%, tail" not in page and ">to epoch 2</text>" in page           # tail: never hit by concept 1
     for words in ("✓ truly Bird 0", "✗ truly Bird 2", "73 x 73", "start afresh", "5 % or less", "<b>layer 3</b>",
                   "accuracy 50.0 % on 8 images", "not available" if not parts else "beats c."):
         assert words in page
@@ -3291,6 +3377,17 @@ def test_evaluate_command_line_writes_metrics_and_gallery(tmp_path, monkeypatch,
     other = bird_image(tmp_path / "bird.jpg")                               # the same name, another picture
     evaluate.main(["--ckpt", str(run / "last.pt"), "--image", str(bird), str(other)])
     assert sorted(f.name for f in tmp_path.glob("*explained*")) == ["bird_explained.png", "bird_explained_2.png"]
+
+
+def test_evaluate_prints_what_the_terminal_cannot_show(tmp_path, monkeypatch):
+    """As a script, on a terminal that knows ASCII only: a bird and a file with letters beyond it."""
+    evaluate_checkpoint(monkeypatch, tmp_path, ["Zaunkönig", "b", "c", "d"])
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--ckpt", "last.pt", "--image", str(bird_image(tmp_path / "vögel.png"))])
+    monkeypatch.setattr(sys, "stdout", terminal)
+    runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+    terminal.flush()
+    assert b"v?gel.png" in terminal.buffer.getvalue() and b"1. Zaunk?nig" in terminal.buffer.getvalue()
 
 
 def bird_image(path):
@@ -3321,7 +3418,7 @@ def test_evaluate_reads_any_image(tmp_path):
     files = {"l.png": plain, "la.png": plain.convert("LA"), "p.png": plain.convert("P"), "clear.png": clear,
              "rgb.png": plain.convert("RGB"), "cmyk.jpg": plain.convert("CMYK"),
              "one.png": plain.convert("1", dither=0), "16.png": Image.fromarray(grey.astype(np.uint16) * 257),
-             "float.tiff": Image.fromarray((grey / 255).astype(np.float32))}
+             **{f"float{top}.tiff": Image.fromarray((grey / 255 * top).astype(np.float32)) for top in (1, 255, 65535)}}
     for name, image in files.items():
         image.save(tmp_path / name)
     plain.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", exif=exif, quality=95)
@@ -3353,6 +3450,8 @@ def test_evaluate_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
         fails("--ckpt", tmp_path / "last.pt", "--data", "toy")
         assert roots == [("toy", None)]
     assert f"--visualize {tmp_path}/file" in fails("--ckpt", tmp_path / "last.pt", "--visualize", tmp_path / "file")
+    (tmp_path / "pictures").write_text("a file")                            # met before any image is
+    assert f"--visualize {tmp_path}/pictures: cannot be" in fails("--ckpt", tmp_path / "last.pt", "--visualize", tmp_path)
     for name in ("file", "none.jpg"):
         error = fails("--ckpt", tmp_path / "last.pt", "--image", tmp_path / name)
         assert f"{tmp_path}/{name}: not a readable image" in error
