@@ -5,8 +5,8 @@
     python evaluate.py --ckpt runs/toy/last.pt --image bird.jpg                  # why this image got its class
     torchrun --nproc_per_node=4 evaluate.py --ckpt runs/cub/last.pt              # the same numbers from four GPUs
 
-On whole-numbered annotations, CUB's, the metrics equal the original program's but for boxes over the image's rim; see the
-box view of data.Images.
+On whole-numbered annotations like CUB's, parts are hit as in the original program but for boxes over the image's rim: see
+view "box" of data.Images.
 """
 import argparse
 import colorsys
@@ -435,8 +435,8 @@ class Gallery:
         chips = "".join(f"{CHIP(CSS[k % 64])}{k + 1} " for k in range(max(self.prototypes) - 1))
         heads = "".join(f"<b>layer {l + 1}</b>" for l in range(len(self.best)))
         text = ("<p>The image with its key points, then the regions of every layer. Every patch goes to the concept "
-                "that claims it most; pale is background. Numbers and colours start afresh in every layer.</p>"
-                + "<p>Rest the pointer on a row for the names of its key points.</p>" * bool(dataset.parts)
+                "that claims it most; pale is background. Numbers and colours start afresh in every layer."
+                + " Rest the pointer on a row to read the names of its key points.</p>" * bool(dataset.parts)
                 + "<p>The data has no key points: no dots, and no part names below.</p>" * (not dataset.parts)
                 + f"<div class=legend>Concepts: {chips}<div><b>image</b>{heads}</div></div>")
         for index, (_, guess, chance) in sorted(self.examples.items()):
@@ -450,15 +450,16 @@ class Gallery:
         return text
 
     def concepts(self, layers):
-        text = ("<p>The nine test images in which each prototype claims most: its patches in colour. Behind a part: in "
-                "how many of the images that show it the metrics' window covers it, the 73 x 73 of the box's 224 x 224 "
-                "pixels around the peak of the concept's map, whatever its region. A small spread: one fixed spot.</p>"
+        text = ("<p>The nine test images in which each prototype claims most: its patches in colour. Below, the three "
+                "parts that it hits in most images; behind a part, in how many of the images that show it the metrics' "
+                "window covers it, the 73 x 73 of the box's 224 x 224 pixels around the peak of the concept's map, "
+                "whatever its region. A small spread: one fixed spot.</p>"
                 + "<p>Every class has prototypes of its own: concept 1 is the first one of the image's class.</p>" * self.of_classes)
         for l, layer in enumerate(layers, 1):
             silent = ", ".join(str(k + 1) for k, won in enumerate(layer["wins"][:-1]) if not won)
             text += f"<h3>Layer {l}</h3>" + f"<p>Never win a patch: {silent}.</p>" * bool(silent) + "<div class=cards>"
             for k in np.flatnonzero(layer["wins"][:-1]):
-                parts = ", ".join(f"{part} {share:.0f}\u00a0%" for part, share in (layer["parts_hit"] or {k: ()})[k])
+                parts = ", ".join(f"{part}\u00a0{share:.0f}\u00a0%" for part, share in (layer["parts_hit"] or {k: ()})[k])
                 tiles = "".join(f"<img src='pictures/concept_{l}_{k + 1}_{rank}.jpg' alt=''>"
                                 for rank in range((self.best[l - 1][0][k] > 0).sum()))
                 wins, spread = 100 * layer["wins"][k] / sum(layer["wins"]), layer["peak_spreads"][k]
@@ -511,8 +512,8 @@ def curves(log):
         path = " ".join(f"{x:.1f},{75 - 65 * (value - low) / span:.1f}" for x, value in points)
         text += (f"<figure>{html.escape(key.replace('_', ' '))} <b>{values[-1]:.4g}</b><svg viewBox='0 0 200 96'>"
                  f"<path d='M{path}h0' style='stroke:#2563a8'/><text x='5' y='92'>{low:.3g} to {max(values):.3g}</text>"
-                 f"<text x='195' y='92' text-anchor='end'>to epoch {len(rows)}</text></svg></figure>")
-    note = "From left to right: the epochs, the first is 1. Bold: the last value; below: the range." if rows else "No numbers in the run's log.jsonl: no curves."
+                 f"<text x='195' y='92' text-anchor='end'>epochs 1 to {len(rows)}</text></svg></figure>")
+    note = "Bold: the last value; below: the range." if rows else "No numbers in the run's log.jsonl: no curves."
     return f"<p>{note}</p><div class=cards>{text}</div>"
 
 
