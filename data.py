@@ -614,9 +614,9 @@ class Images(torch.utils.data.Dataset):
     """Images of a folder in any layout that layout() knows.
 
     view "train": short side resized, augmented, random crop.   "test": short side resized, centre crop.
-    view "box": cropped to the bounding box and squashed, as the part metrics want it (Huang et al. 2023). Its corners are
-    trunc(x), trunc(y), trunc(x + w), trunc(y + h), black beyond the image; the original program truncates x, y, w, h and the
-    key points as it reads them and clips at the image: the same for whole numbers, CUB's, and boxes within the image.
+    view "box": cropped to the bounding box and squashed, as the part metrics want it (Huang et al. 2023). Its corners
+    are trunc(x), trunc(y), trunc(x + w), trunc(y + h), black beyond the image; the original program truncates x, y, w, h
+    and the key points as it reads them and clips at the image: the same for CUB's whole numbers and boxes within it.
     Item: image (3, S, S) normalised float32, label, keypoints (M, 3) of x, y, visible, index. Key points are in pixels
     of the view, and of the metrics' 224 x 224 frame in "box". The augmentation is a function of (seed, epoch, index).
     """

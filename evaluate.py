@@ -252,7 +252,6 @@ def checked(output):
     return output
 
 
-
 @torch.inference_mode()
 def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, seed=0, split="test", progress=True,
              recipe=None, gallery=None):
@@ -328,7 +327,7 @@ def table(metrics):
         cells = ("-" if layer[key] is None else format(layer[key], form) for _, key, form in COLUMNS)
         text += f"\n{i + 1:>5}{' *'[i == metrics['headline']['layer']]}" + "".join(f"{cell:>10}" for cell in cells)
     why = metrics["unavailable"] or {}
-    notes = (f"\nnot available: {', '.join(name for name in why if why[name] == reason)}: {reason}"
+    notes = (f"\nnot available: {', '.join(name for name in why if why[name] == reason)}:\n{reason}"
              for reason in dict.fromkeys(why.values()))
     return f"{text}\n{LEGEND}{''.join(notes)}"
 
@@ -435,8 +434,8 @@ class Gallery:
         chips = "".join(f"{CHIP(CSS[k % 64])}{k + 1} " for k in range(max(self.prototypes) - 1))
         heads = "".join(f"<b>layer {l + 1}</b>" for l in range(len(self.best)))
         text = ("<p>The image with its key points, then the regions of every layer. Every patch goes to the concept "
-                "that claims it most; pale is background. Numbers and colours start afresh in every layer."
-                + " Rest the pointer on a row to read the names of its key points.</p>" * bool(dataset.parts)
+                "that claims it most; pale is background. Numbers and colours start afresh in every layer. "
+                + "Rest the pointer on a row to read the names of its key points." * bool(dataset.parts) + "</p>"
                 + "<p>The data has no key points: no dots, and no part names below.</p>" * (not dataset.parts)
                 + f"<div class=legend>Concepts: {chips}<div><b>image</b>{heads}</div></div>")
         for index, (_, guess, chance) in sorted(self.examples.items()):
@@ -533,10 +532,9 @@ i{display:inline-block;width:12px;height:12px;border-radius:3px;margin:0 4px 0 8
 @torch.inference_mode()
 def explain(model, image, classes, amp=False):
     """image (3, S, S) normalised -> top [(class, percent)], the five likeliest; votes [G]; regions [(h, w)] by layer.
-    amp: bf16 autocast.
     A coarse concept's vote is its score of the winner less that of the runner-up, over G: above zero it speaks for the
     winner, below zero against it, and the votes sum to the margin between the two logits. ProtoPNet's votes are those of
-    the winner's own prototypes; a last one, of all the others, completes the sum."""
+    the winner's own prototypes; a last one, of all the others, completes the sum. amp: bf16 autocast."""
     device = next(model.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
         output = checked(model(image[None].to(device)))
