@@ -49,7 +49,7 @@ def find(data, data_root=None):
     Any other `data` is a folder of yours, below `data_root` where that is given."""
     root = Path(data_root or "~/.cache/ivpt").expanduser()
     if data == "toy":                                       # other settings, other folder: a change is never ignored
-        folder = root / f"toy-v1-{zlib.crc32(repr((TOY, TOY_SPECIES, TOY_LOOKS)).encode()):08x}"
+        folder = root / f"toy-v2-{zlib.crc32(repr((TOY, TOY_SPECIES, TOY_LOOKS)).encode()):08x}"
         return folder if not missing(folder, parts=True) else build(folder, draw_toy)
     if data == "partimagenet":
         if folder := next((place for place in (root, root / "PartImageNet") if part_json(place, "train")), None):
@@ -212,28 +212,29 @@ def flaw(path, size, md5, load):
 
 
 # ---- 2. The toy birds ------------------------------------------------------------------------------------------------
-# Ten made-up species. A digit picks one of three looks of a part, in the order of TOY_LOOKS. Each look belongs to three
-# or four species, and any two species differ in five parts or more: no single part gives a species away.
+# Ten made-up species in mist. Each part has a hue of its own, by which a ViT that saw 600 birds can tell it from others;
+# its three looks differ in tone, pattern and shape. A digit picks the look, in the order of TOY_LOOKS. Each look belongs
+# to three or four species, and any two species differ in five parts or more: no single part gives a species away.
 TOY_SPECIES = {"Amber_Lark": "21202212", "Birch_Finch": "20110020", "Cinder_Jay": "01021110", "Dune_Wren": "00000221",
                "Elder_Thrush": "02222002", "Fern_Tanager": "12002010", "Gorse_Bunting": "12211221",
                "Heath_Shrike": "10112101", "Iris_Warbler": "21121201", "Juniper_Tit": "12020122"}
-TOY_LOOKS = {"beak": ((236, 126, 38), (38, 36, 44), (226, 206, 150)),           # orange cone, black needle, ivory hook
-             "eye": ((250, 250, 245), (250, 205, 40), (215, 50, 45)),           # the ring round the pupil
-             "crown": ((196, 36, 52), (34, 32, 46), (240, 184, 48)),            # pointed crest, smooth cap, two tufts
-             "breast": ((248, 246, 238), (230, 120, 50), (240, 222, 176)),      # spotted, plain, barred
-             "wing": ((62, 108, 196), (92, 142, 62), (150, 78, 44)),            # white bars, pale spots, dark quills
-             "belly": ((246, 238, 216), (244, 208, 72), (236, 140, 128)),
-             "tail": ((245, 243, 238), (42, 148, 158), (206, 112, 46)),         # banded, forked, dark-tipped
-             "leg": ((240, 140, 50), (70, 74, 90), (232, 130, 150))}
+TOY_LOOKS = {"beak": ((244, 124, 24), (195, 99, 19), (255, 187, 62)),            # cone, needle, hook
+             "eye": ((248, 248, 244), (198, 198, 195), (255, 255, 255)),        # the ring round the pupil
+             "crown": ((214, 40, 48), (171, 32, 38), (255, 81, 91)),            # pointed crest, smooth cap, two tufts
+             "breast": ((240, 206, 60), (192, 164, 48), (255, 255, 106)),       # spotted, plain, barred
+             "wing": ((62, 104, 196), (49, 83, 156), (109, 161, 255)),          # pale bars, pale spots, dark quills
+             "belly": ((146, 84, 200), (116, 67, 160), (214, 136, 255)),
+             "tail": ((36, 160, 140), (28, 128, 112), (76, 231, 206)),          # banded, forked, dark-tipped
+             "leg": ((110, 170, 30), (88, 136, 24), (169, 244, 69))}
 TOY = dict(seed=0, train=60, test=20,                       # images of a species
            side=128, zoom=3,                                # pixels; supersampling
            length=(0.70, 0.97), tilt=60,                    # longer side of bird over image; degrees, either way
            head=(-35, 25), tail=(-45, 80), wing=(-15, 100), leg=(-20, 20),     # degrees in the joints, upwards positive
-           stretch=(0.6, 1.5),                              # of tail and legs: pose moves the body about in its box
+           stretch=(0.7, 1.2),                              # of tail and legs: pose moves the body about in its box
            clutter=14, occluded=0.35, light=0.12)           # leaves behind, at most; share with some in front; gain
-DARK, PALE, WOOD = np.array((32, 30, 38)), np.array((248, 246, 236)), np.array((118, 90, 66))
-SKY = np.array([(150, 190, 214), (196, 214, 220), (128, 160, 104), (168, 184, 130), (206, 190, 150), (120, 134, 120)])
-LEAVES = np.array([(88, 130, 60), (120, 150, 70), (190, 150, 60), (168, 84, 52), (70, 104, 84), (214, 196, 120)])
+PUPIL, CREAM, WOOD = np.array((32, 30, 38)), np.array((226, 220, 214)), np.array((204, 197, 186))
+SKY = np.array([(212, 218, 222), (218, 220, 216), (208, 214, 214), (218, 214, 210)])
+LEAVES = np.array([(190, 206, 176), (204, 212, 180), (214, 204, 172), (206, 190, 170), (184, 200, 190), (222, 212, 184)])
 
 
 def rotate(points, centre, degrees):
@@ -259,7 +260,8 @@ def bird(code, rng):
     It looks right, y points down, its body is 2 long and on the origin; head, tail, wing and legs turn in joints."""
     look = dict(zip(TOY_LOOKS, map(int, code)))
     colour = {part: np.array(TOY_LOOKS[part][k]) * rng.uniform(0.92, 1.06) for part, k in look.items()}
-    coat = 0.4 * colour["wing"] + 0.6 * np.array((206, 196, 184))           # back and head: a pale shade of the wing
+    dark = {part: 0.75 * paint for part, paint in colour.items()}
+    face, back = (0.45 * colour[part] + 0.55 * CREAM for part in ("crown", "wing"))
     joints = {"head": (.62, -.28), "tail": (-.72, .02), "wing": (.42, -.12), "leg": (-.03, .46), "body": (0, 0)}
     angle = {part: rng.uniform(*TOY[part]) for part in ("head", "tail", "wing", "leg")}
     stretch = {"tail": (rng.uniform(*TOY["stretch"]), 1), "leg": (1, rng.uniform(*TOY["stretch"]))}
@@ -273,38 +275,39 @@ def bird(code, rng):
         shapes.extend((move(part, points), paint) for points in outlines)
 
     for x in (-.22, .16):
-        add("leg", colour["leg"], bar(x, .4, x + .06, .84, .16), bar(x + .06, .8, x - .04, 1.16, .12), *(
+        add("leg", colour["leg"], bar(x, .4, x + .06, .84, .2), bar(x + .06, .8, x - .04, 1.16, .16), *(
             bar(x - .04, 1.14, x + a, 1.14 + b, .09) for a, b in ((.22, .04), (.14, .14), (-.22, .06))))
-    end, spread, notch = ((-2, .2, -2.08), (-2, .42, -1.5), (-1.8, .42, -1.95))[look["tail"]]
+    end, spread, notch = ((-1.95, .24, -2.03), (-2, .46, -1.5), (-1.8, .42, -1.95))[look["tail"]]
     add("tail", colour["tail"], ((-.6, -.2), (end, -spread), (notch, .02), (end, spread + .04), (-.6, .24)))
-    add("tail", DARK, *([bar(x, -.19, x, .23, .14) for x in (-1.04, -1.36, -1.68)], (),
+    add("tail", dark["tail"], *([bar(x, -.19, x, .23, .14) for x in (-1.04, -1.36, -1.68)], (),
                         [((-1.5, -.35), (end, -spread), (notch, .02), (end, spread + .04), (-1.5, .39))])[look["tail"]])
-    add("head", coat, ((.1, -.42), (.75, -.9), (1.25, -.4), (.98, .25), (.4, .3)))                          # the neck
-    add("body", coat, oval(0, 0, 1, .6, 8))
+    add("head", face, ((.1, -.42), (.75, -.9), (1.25, -.4), (.98, .25), (.4, .3)))                          # the neck
+    add("body", back, oval(0, 0, 1, .6, 8))
     add("body", colour["belly"], oval(-.14, .27, .74, .3, 6))
     add("body", colour["breast"], oval(.68, .1, .34, .44, -18))
-    add("body", DARK, *([oval(.68 + x, .1 + y, .06, .07) for x, y in (
+    add("body", dark["breast"], *([oval(.68 + x, .1 + y, .06, .07) for x, y in (
         (-.17, -.12), (.03, -.24), (.19, -.08), (-.01, 0), (-.19, .12), (.13, .16), (-.05, .27))], (),
         [bar(.68 - x, y, .68 + x, y + .08, .09) for x, y in ((.24, -.14), (.28, .06), (.26, .26))])[look["breast"]])
     add("wing", colour["wing"], ((.46, -.14), (.3, -.38), (-.1, -.46), (-.6, -.28), (-1.15, .1), (-.55, .16),
                                  (-.1, .22), (.3, .12)))
-    add("wing", (PALE, PALE, DARK)[look["wing"]], *([bar(x, -.36, x - .1, .16, .1) for x in (.16, -.14)], [
+    pale = 0.5 * colour["wing"] + 0.5 * CREAM
+    add("wing", (pale, pale, dark["wing"])[look["wing"]], *([bar(x, -.36, x - .1, .16, .1) for x in (.16, -.14)], [
         oval(x, y, .08, .07) for x, y in ((.24, -.16), (.02, -.28), (.02, -.02), (-.22, -.16), (-.3, .05), (-.5, -.1))],
         [bar(.1, y, -.75, y / 2 + .03, .07) for y in (-.28, -.11, .06)])[look["wing"]])
-    add("head", coat, oval(1, -.62, .46, .44))
+    add("head", face, oval(1, -.62, .46, .44))
     add("head", colour["beak"], (((1.36, -.84), (1.9, -.56), (1.36, -.4)), ((1.38, -.7), (2.2, -.56), (1.38, -.48)), (
         (1.34, -.84), (1.72, -.78), (1.86, -.58), (1.8, -.32), (1.66, -.52), (1.36, -.42)))[look["beak"]])
     crest = (((.2, -1.2),), ((.66, -.98),), ((.7, -1.34), (.9, -1.14), (1.08, -1.38)))[look["crown"]]
     add("head", colour["crown"], ((.56, -.7), *crest, (1.08, -1.09), (1.28, -1), (1.42, -.8), (1.05, -.78)))
-    add("head", colour["eye"], oval(1.14, -.58, .16, .16))
-    add("head", DARK, oval(1.15, -.58, .085, .085))
+    add("head", colour["eye"], oval(1.14, -.58, .19, .19))
+    add("head", PUPIL, oval(1.15, -.58, .09, .09))
     return shapes, np.concatenate([move(*spot) for spot in (
         ("head", [(1.6, -.6), (1.14, -.58), (.98, -.94)]), ("body", [(.68, .1)]), ("wing", [(-.18, -.1)]),
         ("body", [(-.16, .38)]), ("tail", [(-1.35, .02)]), ("leg", [(0, .88)]))])
 
 
 def greenery(rng, side, near=None):
-    """A twig or a leaf anywhere, or close to the point `near`, in colours that birds wear too: (points, colour)."""
+    """A twig or a leaf anywhere, or close to the point `near`; pale, so that the mist is one background: (points, colour)."""
     x, y = rng.uniform(0, side, 2) if near is None else near + rng.normal(0, side / 30, 2)
     degrees, length, shade = rng.uniform(0, 360), side * rng.uniform(0.1, 0.22), rng.uniform(0.7, 1.1)
     if rng.random() < 0.3:
@@ -317,7 +320,7 @@ def paint(draw, points, colour, rim=0):
     flat = points.ravel().tolist()
     draw.polygon(flat, fill=tuple(colour.astype(int).tolist()))
     if rim:
-        draw.line(flat + flat[:2], fill=tuple((colour * 0.55).astype(int).tolist()), width=rim)
+        draw.line(flat + flat[:2], fill=tuple((colour * 0.75).astype(int).tolist()), width=rim)
 
 
 def toy_image(code, rng):
@@ -331,7 +334,7 @@ def toy_image(code, rng):
     points, *outlines = (p * scale + shift for p in (points, *outlines))
     box = np.concatenate((low * scale + shift, (high - low) * scale)) / zoom
 
-    sky = SKY[rng.integers(len(SKY), size=(4, 4))] * rng.uniform(0.75, 1.1, (4, 4, 1))
+    sky = SKY[rng.integers(len(SKY), size=(4, 4))] * rng.uniform(0.95, 1.05, (4, 4, 1))
     image = Image.fromarray(sky.astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     draw, cover = ImageDraw.Draw(image), Image.new("L", image.size)
     for _ in range(rng.integers(TOY["clutter"])):
@@ -340,7 +343,7 @@ def toy_image(code, rng):
         x, y = (outlines[2][0] + outlines[7][0]) / 2
         paint(draw, bar(x - side, y, x + side, y, side * 0.04), WOOD)
     for (_, colour), outline in zip(shapes, outlines):
-        paint(draw, outline, colour, rim=2)
+        paint(draw, outline, colour, rim=1)
     for part in rng.integers(len(points), size=2) if rng.random() < TOY["occluded"] else ():
         outline, colour = greenery(rng, side, near=points[part])
         paint(draw, outline, colour, rim=1)

@@ -33,7 +33,7 @@ ARCHITECTURES = {
     "vitg14": dict(width=1536, depth=40, patch_size=14, pos_grid=37, swiglu=4096),
 }
 ARCHITECTURES |= {f"{name}_reg4": dict(kind, registers=4) for name, kind in ARCHITECTURES.items()}
-ARCHITECTURES["toy"] = dict(width=128, depth=6, patch_size=8, pos_grid=14)  # no pretrained file: trained along, from scratch
+ARCHITECTURES["toy"] = dict(width=128, depth=6, patch_size=8, pos_grid=14)  # no file: train.pretrain makes up for it
 SMOOTHING = 1e-6  # a <- (a + 1e-6) / sum_k (a + 1e-6): logs stay finite. Prompted layers smooth after pooling, the head before
 
 

@@ -2173,8 +2173,31 @@ def test_one_step_of_each_recipe_trains_what_it_should(recipe, bird_root, tmp_pa
     rates = {n: g["lr"] for g in optimizer.param_groups for n, p in model.named_parameters() if any(p is q for q in g["params"])}
     assert rates["classifier.weight"] == rates["norm.weight"] == rates["fusions.0.grouping.weight"] == 1e-2
     groups = train.make_optimizer(ivpt.build(asdict(options(bird_root, tmp_path)), 10), options(bird_root, tmp_path))[0].param_groups
-    assert [group["lr"] for group in groups] == [1e-2, 2e-4, 2e-5, 5e-4]  # the last: a backbone trained along
+    assert [group["lr"] for group in groups] == [1e-2, 2e-4, 2e-5, 2e-4]  # the last: a backbone trained along
     assert rates["concepts.0.prototypes"] == 2e-4 and rates["concepts.0.bias"] == (2e-5 if recipe == "paper" else 2e-4)
+
+
+def test_the_toy_vit_is_pretrained_once(bird_root, tmp_path, monkeypatch, capsys):
+    o = options(bird_root, tmp_path, "--pretrain", "6", "--epochs", "1", "--seed", "3")
+    errors, mse_loss, whole = [], F.mse_loss, train.pretrain
+    monkeypatch.setattr(F, "mse_loss", lambda drawn, pixels: errors.append(mse_loss(drawn, pixels)) or errors[-1])
+    before = {}
+
+    def watched(backbone, *rest):
+        before.update({name: p.detach().clone() for name, p in backbone.named_parameters()})
+        whole(backbone, *rest)
+        still = {name for name, p in backbone.named_parameters() if torch.equal(p, before[name])}
+        assert still == {"mask_token"}                                   # all else has learnt
+
+    monkeypatch.setattr(train, "pretrain", watched)
+    assert train.train(o)["accuracy"] >= 0 and before
+    assert len(errors) == 6 * 5 and sum(errors[-5:]) < 0.8 * sum(errors[:5])  # 80 birds, 5 batches: patches tell their pixels
+    monkeypatch.setattr(train, "pretrain", lambda *args: pytest.fail("pretrained again"))
+    o.resume, o.epochs = True, 2
+    train.train(o)
+    with pytest.raises(ValueError, match="--pretrain 1: vits14 is pretrained"):
+        train.parse(["--weights", "vits14", "--pretrain", "1"])
+    assert (train.parse([]).pretrain, train.parse(["--data", "cub"]).pretrain) == (16, 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

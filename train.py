@@ -61,8 +61,8 @@ MEANINGLESS |= dict.fromkeys(("vpt-deep", "protopnet", "huang"), (
     "recipe", "bias", "lr_bias", "fusion", "start", "distance", "prototypes", "no_bias", "no_regions", "no_cross_layer", "no_fusion"))
 # What a data set wants where the command line is silent.
 PRESETS = {
-    "toy": dict(weights="toy", image_size=112, epochs=16),
-    "cub": dict(weights="vitb14_reg4", image_size=518, epochs=25),  # and any other
+    "toy": dict(weights="toy", image_size=112, pretrain=16, epochs=12),
+    "cub": dict(weights="vitb14_reg4", image_size=518, pretrain=0, epochs=25),  # and any other
 }
 
 
@@ -92,13 +92,14 @@ class Options:
     no_cross_layer: bool = option(False, "ablation: concepts at the output alone, no prompts", action="store_true")
     no_fusion: bool = option(False, "ablation: every fine concept prompts by itself", action="store_true")
     prototypes: tuple = option((17, 14, 11, 8, 5), "prototypes per concept layer, the background counted", nargs="+", type=int)
-    epochs: int = option(None, "passes over the training images; the rates halve every four (25; 16 for toy)")
+    pretrain: int = option(None, "passes before these, in which a ViT without a file learns what a pretrained one knows (0; 16 for toy)")
+    epochs: int = option(None, "passes over the training images; the rates halve every four (25; 12 for toy)")
     batch_size: int = option(16, "images in one optimiser step, over all processes and accumulated parts")
     accumulate: int = option(1, "parts each batch is computed in; raise it when memory runs out, on --resume as well")
     lr: float = option(None, "learning rate of class head, grouping, fusion, head LayerNorm, at batch 16 (by method; 1e-2)")
     lr_prototypes: float = option(None, "learning rate of prototypes, prompts, tuned tokens and add-on layers, at batch 16 (by method; 2e-4)")
     lr_bias: float = option(None, "learning rate of the spatial biases (by recipe); if it is high, regions stop following the bird: see the spread")
-    lr_backbone: float = option(5e-4, "learning rate of the backbone where --tune all trains it")
+    lr_backbone: float = option(2e-4, "learning rate of the backbone where --tune all trains it")
     seed: int = option(42, "seeds weights, order, augmentation and noise")
     amp: bool = option(None, "bf16 autocast (default: where the device has bf16)", action=argparse.BooleanOptionalAction)
     compile: bool = option(False, "torch.compile the step", action=argparse.BooleanOptionalAction)
@@ -112,7 +113,7 @@ class Options:
 def parse(argv=None):
     """Command line -> Options, the blanks filled: what was typed, the data set's preset, then the recipe's and the method's.
 
-    The toy ViT has no pretrained file and so learns along: --tune all, whatever the recipe. Raises ValueError.
+    The toy ViT has no file: it is pretrained here, and learns along: --tune all, whatever the recipe. Raises ValueError.
     """
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     for f in fields(Options):
@@ -145,7 +146,7 @@ def parse(argv=None):
 
 def check_options(o):
     """One line for what cannot work, before anything is read or written."""
-    least = dict(epochs=1, batch_size=1, accumulate=1, image_size=1, seed=0, workers=0)
+    least = dict(pretrain=0, epochs=1, batch_size=1, accumulate=1, image_size=1, seed=0, workers=0)
     rates = dict.fromkeys(("lr", "lr_prototypes", "lr_bias", "lr_backbone"), 0)
     for name, bound in (least | rates).items():
         value = getattr(o, name)
@@ -162,6 +163,8 @@ def check_options(o):
         raise ValueError(f"--epochs {o.epochs}: --method protopnet needs at least 2, the second for its last layer")
     if o.weights == "toy" and o.tune != "all" and not o.bench:
         raise ValueError(f"--tune {o.tune}: the toy ViT has no pretrained file to stay frozen at; take --tune all")
+    if o.weights != "toy" and o.pretrain:
+        raise ValueError(f"--pretrain {o.pretrain}: {o.weights} is pretrained; leave it out, or take --weights toy")
 
 
 def has_bf16(device):
@@ -382,6 +385,37 @@ def restore_run(checkpoint, path, optimizer, scheduler, device, rank):
 
 # ---------------------------------------------------------------- the run
 
+def pretrain(backbone, dataset, o, device, chief):
+    """Stands in for the file that the toy ViT lacks: cls learns the classes, and every patch to tell its own pixels.
+
+    Without the second, patches tell classes, not parts. Every process does the same; nothing of it is saved before the run's
+    first epoch ends.
+    """
+    D, patch = backbone.width, backbone.patch_size
+    head, pixels = nn.Linear(D, len(dataset.classes)).to(device), nn.Linear(D, 3 * patch ** 2).to(device)
+    steps = o.pretrain * (len(dataset) // o.batch_size)
+    optimizer = torch.optim.Adam([dict(params=backbone.parameters(), lr=1e-3),
+                                  dict(params=[*head.parameters(), *pixels.parameters()], lr=3e-3)], fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, step / 40) * (1 - step / steps))
+    with tqdm(total=steps, desc="pretraining", disable=None if chief else True, leave=False, unit="step") as progress:
+        for dataset.epoch in range(o.pretrain):
+            order = epoch_batches(dataset, o, dataset.epoch, 0, 1).flatten().tolist()
+            for images, labels, *_ in DataLoader(dataset, o.batch_size, sampler=order, num_workers=o.workers):
+                images, labels = images.to(device), labels.to(device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=o.amp):
+                    tokens = backbone(images)
+                    logits, drawn = head(tokens[:, 0]), pixels(tokens[:, backbone.prefix:])
+                loss = F.cross_entropy(ivpt.wide(logits), labels)
+                loss = loss + F.mse_loss(ivpt.wide(drawn), F.unfold(images, patch, stride=patch).transpose(1, 2))
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(backbone.parameters(), 2.0)
+                optimizer.step()
+                scheduler.step()
+                progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                progress.update()
+
+
 def epoch_batches(dataset, o, epoch, rank, world):
     """This rank's share of an epoch's shuffled batches, a function of the seed alone: (steps, accumulate, images)."""
     steps = len(dataset) // o.batch_size  # the remainder waits for another epoch's shuffle
@@ -431,6 +465,8 @@ def train(o):
 
     torch.manual_seed(o.seed)
     model = ivpt.build(asdict(o), len(dataset.classes)).to(device)
+    if o.pretrain and not o.resume:
+        pretrain(model.backbone, dataset, o, device, chief)
     if o.start == "kmeans" and not o.resume:
         ivpt.start_prototypes(model, data.Images(folder, "train", "test", o.image_size), o.seed)
     optimizer, scheduler = make_optimizer(model, o)
