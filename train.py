@@ -52,17 +52,18 @@ RECIPES["released"] = RECIPES["paper"] | dict(bias="inside", fusion="linear", tu
 RECIPES["tuned"] = RECIPES["paper"] | dict(start="kmeans", distance="scaled")  # ours
 # Rates by method: IVPT's are the paper's, the rivals' those of their programs, but for ProtoPNet's last layer. Prompts learn
 # like tuned tokens: with 1e-2, one run learnt nothing for four epochs and one gained nothing on a validation split.
-METHODS = {"ivpt": dict(lr=1e-2, lr_prototypes=2e-4), "vpt-deep": dict(lr=1e-2, lr_prototypes=2e-4),
+METHODS = {"ivpt": dict(lr=1e-2), "vpt-deep": dict(lr=1e-2, lr_prototypes=2e-4),
            "vpt-deep-proto": dict(lr=1e-2, lr_prototypes=2e-4), "protopnet": dict(lr=1e-2, lr_prototypes=3e-3),
            "huang": dict(lr=1e-6, lr_prototypes=3e-3)}
 # Options that mean nothing to a method.
 MEANINGLESS = {"ivpt": (), "vpt-deep-proto": ("fusion", "no_cross_layer", "no_fusion")}
 MEANINGLESS |= dict.fromkeys(("vpt-deep", "protopnet", "huang"), (
     "recipe", "bias", "lr_bias", "fusion", "start", "distance", "prototypes", "no_bias", "no_regions", "no_cross_layer", "no_fusion"))
-# What a data set wants where the command line is silent.
+# What a data set wants where the command line is silent. The rate of IVPT's prototypes is the paper's; the toy has 444 steps to
+# move them, where CUB has 9,350.
 PRESETS = {
-    "toy": dict(weights="toy", image_size=112, pretrain=16, epochs=12),
-    "cub": dict(weights="vitb14_reg4", image_size=518, pretrain=0, epochs=25),  # and any other
+    "toy": dict(weights="toy", image_size=112, pretrain=16, epochs=12, lr_prototypes=5e-4),
+    "cub": dict(weights="vitb14_reg4", image_size=518, pretrain=0, epochs=25, lr_prototypes=2e-4),  # and any other
 }
 
 
@@ -97,7 +98,7 @@ class Options:
     batch_size: int = option(16, "images in one optimiser step, over all processes and accumulated parts")
     accumulate: int = option(1, "parts each batch is computed in; raise it when memory runs out, on --resume as well")
     lr: float = option(None, "learning rate of class head, grouping, fusion, head LayerNorm, at batch 16 (by method; 1e-2)")
-    lr_prototypes: float = option(None, "learning rate of prototypes, prompts, tuned tokens and add-on layers, at batch 16 (by method; 2e-4)")
+    lr_prototypes: float = option(None, "learning rate of prototypes, prompts, tuned tokens and add-on layers, at batch 16 (by method; 2e-4, 5e-4 for toy)")
     lr_bias: float = option(None, "learning rate of the spatial biases (by recipe); if it is high, regions stop following the bird: see the spread")
     lr_backbone: float = option(2e-4, "learning rate of the backbone where --tune all trains it")
     seed: int = option(42, "seeds weights, order, augmentation and noise")
@@ -111,7 +112,7 @@ class Options:
 
 
 def parse(argv=None):
-    """Command line -> Options, the blanks filled: what was typed, the data set's preset, then the recipe's and the method's.
+    """Command line -> Options, the blanks filled: what was typed, the method's rates, the data set's preset, then the recipe's.
 
     The toy ViT has no file: it is pretrained here, and learns along: --tune all, whatever the recipe. Raises ValueError.
     """
@@ -126,7 +127,7 @@ def parse(argv=None):
     for f in fields(Options):
         if f.name in MEANINGLESS[o.method] and getattr(o, f.name) != f.default:
             raise ValueError(f"--{f.name.replace('_', '-')}: means nothing to --method {o.method}; leave it out")
-    defaults = METHODS[o.method] | RECIPES[o.recipe] | preset | dict(out=f"runs/{Path(o.data).resolve().name}")
+    defaults = RECIPES[o.recipe] | preset | METHODS[o.method] | dict(out=f"runs/{Path(o.data).resolve().name}")
     if (o.weights or defaults["weights"]) == "toy":
         defaults["tune"] = "all"
     for name, value in defaults.items():
