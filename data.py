@@ -48,8 +48,9 @@ def find(data, data_root=None):
     found. `data_root` (default ~/.cache/ivpt) is where it lies or will lie; or the CUB or PartImageNet folder itself.
     Any other `data` is a folder of yours, below `data_root` where that is given."""
     root = Path(data_root or "~/.cache/ivpt").expanduser()
-    if data == "toy":                                       # other settings, other folder: a change is never ignored
-        folder = root / f"toy-v2-{zlib.crc32(repr((TOY, TOY_SPECIES, TOY_LOOKS)).encode()):08x}"
+    if data == "toy":                                       # other settings, another folder (another shape: another v)
+        settings = TOY, TOY_SPECIES, TOY_LOOKS, *(colours.tolist() for colours in (PUPIL, CREAM, WOOD, SKY, LEAVES))
+        folder = root / f"toy-v2-{zlib.crc32(repr(settings).encode()):08x}"
         return folder if not missing(folder, parts=True) else build(folder, draw_toy)
     if data == "partimagenet":
         if folder := next((place for place in (root, root / "PartImageNet") if part_json(place, "train")), None):
@@ -218,7 +219,7 @@ def flaw(path, size, md5, load):
 TOY_SPECIES = {"Amber_Lark": "21202212", "Birch_Finch": "20110020", "Cinder_Jay": "01021110", "Dune_Wren": "00000221",
                "Elder_Thrush": "02222002", "Fern_Tanager": "12002010", "Gorse_Bunting": "12211221",
                "Heath_Shrike": "10112101", "Iris_Warbler": "21121201", "Juniper_Tit": "12020122"}
-TOY_LOOKS = {"beak": ((244, 124, 24), (195, 99, 19), (255, 187, 62)),            # cone, needle, hook
+TOY_LOOKS = {"beak": ((244, 124, 24), (195, 99, 19), (255, 187, 62)),           # cone, needle, hook
              "eye": ((248, 248, 244), (198, 198, 195), (255, 255, 255)),        # the ring round the pupil
              "crown": ((214, 40, 48), (171, 32, 38), (255, 81, 91)),            # pointed crest, smooth cap, two tufts
              "breast": ((240, 206, 60), (192, 164, 48), (255, 255, 106)),       # spotted, plain, barred
@@ -260,7 +261,8 @@ def bird(code, rng):
     It looks right, y points down, its body is 2 long and on the origin; head, tail, wing and legs turn in joints."""
     look = dict(zip(TOY_LOOKS, map(int, code)))
     colour = {part: np.array(TOY_LOOKS[part][k]) * rng.uniform(0.92, 1.06) for part, k in look.items()}
-    dark = {part: 0.75 * paint for part, paint in colour.items()}
+    dark = {part: 0.75 * paint for part, paint in colour.items()}           # of patterns
+    # What lies between the parts is a pale shade of one of them, and so no concept of its own.
     face, back = (0.45 * colour[part] + 0.55 * CREAM for part in ("crown", "wing"))
     joints = {"head": (.62, -.28), "tail": (-.72, .02), "wing": (.42, -.12), "leg": (-.03, .46), "body": (0, 0)}
     angle = {part: rng.uniform(*TOY[part]) for part in ("head", "tail", "wing", "leg")}

@@ -1536,9 +1536,10 @@ def test_data_toy_is_cub_and_deterministic(tmp_path, few_birds, monkeypatch):
         assert 0.8 < seen.mean() < 1                                                 # some are hidden
     monkeypatch.setattr(data, "draw_toy", lambda folder: pytest.fail("drawn twice"))
     assert data.find("toy", tmp_path / "a") == first
-    monkeypatch.setitem(data.TOY, "tilt", 10)                                        # another drawing is another folder
-    with pytest.raises(pytest.fail.Exception):
-        data.find("toy", tmp_path / "a")
+    for change in (lambda patch: patch.setitem(data.TOY, "tilt", 10), lambda patch: patch.setattr(data, "SKY", data.SKY + 1)):
+        with monkeypatch.context() as patch, pytest.raises(pytest.fail.Exception):   # another drawing is another folder
+            change(patch)
+            data.find("toy", tmp_path / "a")
 
 
 def test_data_toy_keypoints_lie_on_their_parts(monkeypatch):
@@ -2172,8 +2173,9 @@ def test_one_step_of_each_recipe_trains_what_it_should(recipe, bird_root, tmp_pa
     assert moved == set(before) - frozen
     rates = {n: g["lr"] for g in optimizer.param_groups for n, p in model.named_parameters() if any(p is q for q in g["params"])}
     assert rates["classifier.weight"] == rates["norm.weight"] == rates["fusions.0.grouping.weight"] == 1e-2
-    groups = train.make_optimizer(ivpt.build(asdict(options(bird_root, tmp_path)), 10), options(bird_root, tmp_path))[0].param_groups
-    assert [group["lr"] for group in groups] == [1e-2, 2e-4, 2e-5, 2e-4]  # the last: a backbone trained along
+    o = options(bird_root, tmp_path, "--lr-backbone", "3e-4")
+    groups = train.make_optimizer(ivpt.build(asdict(o), 10), o)[0].param_groups
+    assert [group["lr"] for group in groups] == [1e-2, 2e-4, 2e-5, 3e-4]  # the last: a backbone trained along
     assert rates["concepts.0.prototypes"] == 2e-4 and rates["concepts.0.bias"] == (2e-5 if recipe == "paper" else 2e-4)
 
 
@@ -2195,6 +2197,11 @@ def test_the_toy_vit_is_pretrained_once(bird_root, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(train, "pretrain", lambda *args: pytest.fail("pretrained again"))
     o.resume, o.epochs = True, 2
     train.train(o)
+    dataset, vit = data.Images(bird_root / "CUB_200_2011", "train", "train", 56), ivpt.load_backbone("toy", 56)
+    before = vit.blocks[-1].mlp.fc1.weight.detach().clone()
+    monkeypatch.setattr(F, "mse_loss", lambda drawn, pixels: 0 * drawn.sum())
+    whole(vit, dataset, train.parse([*FEW_BIRDS, "--pretrain", "1", "--device", "cpu"]), torch.device("cpu"), False)
+    assert not torch.equal(vit.blocks[-1].mlp.fc1.weight, before)  # the labels alone teach, too
     with pytest.raises(ValueError, match="--pretrain 1: vits14 is pretrained"):
         train.parse(["--weights", "vits14", "--pretrain", "1"])
     assert (train.parse([]).pretrain, train.parse(["--data", "cub"]).pretrain) == (16, 0)

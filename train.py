@@ -399,8 +399,9 @@ def pretrain(backbone, dataset, o, device, chief):
                                   dict(params=[*head.parameters(), *pixels.parameters()], lr=3e-3)], fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, step / 40) * (1 - step / steps))
     with tqdm(total=steps, desc="pretraining", disable=None if chief else True, leave=False, unit="step") as progress:
-        for dataset.epoch in range(o.pretrain):
-            order = epoch_batches(dataset, o, dataset.epoch, 0, 1).flatten().tolist()
+        for epoch in range(o.pretrain):
+            dataset.epoch = epoch
+            order = epoch_batches(dataset, o, epoch, rank=0, world=1).flatten().tolist()
             for images, labels, *_ in DataLoader(dataset, o.batch_size, sampler=order, num_workers=o.workers):
                 images, labels = images.to(device), labels.to(device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=o.amp):
