@@ -449,16 +449,18 @@ class IVPT(nn.Module):
         for concept, fusion, block in zip(self.concepts, self.fusions, self.backbone.blocks[free:]):
             patches = self.backbone.norm(tokens[:, self.backbone.prefix:]).detach()  # e = LN(sg(x_l)), (B, N, D)
             a, pooled, mass = concept(patches)
-            a = (a + SMOOTHING) / (a + SMOOTHING).sum(1, keepdim=True)  # (B, K, N)
             prompts, group = fusion(pooled[:, :-1].detach(), mass[:, :-1].detach())  # sg: a prompt does not move its own regions
             with torch.set_grad_enabled(graph):
                 tokens = block(tokens, prompts)
-            attention.append(a.unflatten(2, (h, w)))
+            smoothed = (a + SMOOTHING) / (a + SMOOTHING).sum(1, keepdim=True)  # (B, K, N)
+            attention.append(smoothed.unflatten(2, (h, w)))
             if group is None:
                 continue
             groups.append(group)
             with torch.autocast(a.device.type, enabled=False):  # shares that sum to 1 must not be rounded to bf16
-                fused.append(torch.cat([group.transpose(1, 2) @ a[:, :-1], a[:, -1:]], dim=1).unflatten(2, (h, w)))
+                coarse = torch.cat([group.transpose(1, 2) @ a[:, :-1], a[:, -1:]], dim=1)  # (B, G + 1, N), before smoothing
+                coarse = coarse / coarse.sum(1, keepdim=True).clamp_min(1e-30)  # the clamp after the bias may leave no share
+                fused.append(coarse.unflatten(2, (h, w)))
 
         with torch.set_grad_enabled(graph):
             x = self.backbone.norm(tokens[:, self.backbone.prefix:])  # with gradient: what the classes are read from
