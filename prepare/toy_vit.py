@@ -1,0 +1,48 @@
+"""Pretrains the small ViT of the toy birds, which has no weights file (train.py --weights toy).
+
+The cls token learns the species, and every patch learns to tell its own pixels. Without the pixels
+patches would tell species instead of parts. This is no part of the paper: DINOv2 comes pretrained.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+
+def pretrain(backbone, dataset, epochs, device, batch_size=16):
+    """Trains all of a VisionTransformer in place, in fp32. Every process does the same.
+
+    dataset: data.Images in its training view. The order and the augmentation depend on the
+    dataset's seed alone.
+    """
+    D, patch = backbone.width, backbone.patch_size
+    class_head = nn.Linear(D, len(dataset.classes)).to(device)
+    pixel_head = nn.Linear(D, 3 * patch ** 2).to(device)
+    heads = [*class_head.parameters(), *pixel_head.parameters()]
+    backbone.requires_grad_(True)
+    optimizer = torch.optim.Adam([dict(params=backbone.parameters(), lr=1e-3),
+                                  dict(params=heads, lr=3e-3)], fused=True)
+    num_steps = epochs * (len(dataset) // batch_size)
+
+    def warm_up_then_decay(step):
+        return min(1, step / 40) * (1 - step / num_steps)
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_then_decay)
+    order = torch.Generator().manual_seed(dataset.seed)
+    loader = DataLoader(dataset, batch_size, shuffle=True, drop_last=True, num_workers=1,
+                        generator=order)
+    for epoch in tqdm(range(epochs), "pretraining the toy ViT", disable=None, leave=False):
+        dataset.epoch = epoch
+        for images, labels, _, _ in loader:
+            images, labels = images.to(device), labels.to(device)
+            tokens = backbone(images)  # (B, prefix + N, D)
+            logits = class_head(tokens[:, 0])
+            drawn = pixel_head(tokens[:, backbone.prefix:])  # (B, N, 3 patch^2)
+            pixels = F.unfold(images, patch, stride=patch).transpose(1, 2)
+            loss = F.cross_entropy(logits, labels) + F.mse_loss(drawn, pixels)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(backbone.parameters(), 2.0)
+            optimizer.step()
+            scheduler.step()
