@@ -305,10 +305,9 @@ def average_gradients(parameters, world):
 def open_run_folder(args):
     """The run's folder, made if need be. A folder that holds a run is not overwritten unasked."""
     out = Path(args.out)
-    files = [out / name for name in ("last.pt", "log.jsonl", "config.json", "metrics.json")]
-    if args.resume and not files[0].is_file():
-        raise FileNotFoundError(f"--resume: {files[0]} is not there; name the run's folder by --out")
-    if any(file.exists() for file in files) and not (args.resume or args.overwrite):
+    if args.resume and not (out / "last.pt").is_file():
+        raise FileNotFoundError(f"--resume: {out / 'last.pt'} is not there; name the run by --out")
+    if (out / "config.json").is_file() and not (args.resume or args.overwrite):
         raise ValueError(f"--out {out} holds a run: go on with --resume, replace it with "
                          "--overwrite, or name another folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -386,14 +385,14 @@ def train(args):
     chief = rank == 0
     folder = data.find(args.data, args.data_root)
     dataset = open_dataset(args, folder, world)
+    unaugmented = data.Images(folder, dataset.split, "test", args.image_size)
     torch.manual_seed(args.seed)
     model = ivpt.build(asdict(args), len(dataset.classes)).to(device)
     if not args.resume:
         if args.weights == "toy" and args.pretrain:
             from prepare.toy_vit import pretrain
-            pretrain(model.backbone, dataset, args, device)
+            pretrain(model.backbone, [dataset, unaugmented], args.pretrain, device, args.amp)
         if args.start == "kmeans" and args.method == "ivpt":
-            unaugmented = data.Images(folder, "train", "test", args.image_size)
             ivpt.start_prototypes(model, unaugmented, args.seed)
     optimizer, scheduler = make_optimizer(model, args)
     finished = 0
@@ -453,8 +452,7 @@ def train(args):
 
         # The epoch's end: a line in the log, the checkpoint.
         if hasattr(model, "after_epoch"):
-            model.after_epoch(epoch, args.epochs, data.Images(folder, "train", "test",
-                                                              args.image_size))
+            model.after_epoch(epoch, args.epochs, unaugmented)
         line = dict(epoch=epoch + 1)
         for name in history[0] if history else ():
             line[name] = round(torch.stack([losses[name] for losses in history]).mean().item(), 6)
