@@ -1,14 +1,14 @@
-"""IVPT: interpretable visual prompt tuning of a DINOv2 vision transformer (arXiv 2503.06084, ICLR 2026).
+"""IVPT: interpretable visual prompt tuning of a DINOv2 vision transformer (arXiv 2503.06084).
 
-    python -c "import model; print(model.load_backbone('vits14', 518))"    # downloads Meta's weights
-    python train.py                                                        # trains the model below on drawn birds
+    python -c "import model; print(model.load_backbone('vits14', 518))"   # downloads Meta's weights
+    python train.py                                     # trains the model below on drawn birds
 
-Read it top to bottom, as an image meets it. First the frozen ViT turns patches into tokens. Then the
-concept layer decides which patch belongs to which concept, and the fusion merges fine concepts into
-coarse prompts. IVPT puts both before each of the last four blocks, and a concept layer at the output.
-Last come the start of the prototypes and checkpoints. Letters in shapes, the same in every file:
+Read it top to bottom, as an image meets it. The frozen ViT turns patches into tokens. The concept
+layer decides which patch belongs to which concept. The fusion merges fine concepts into coarse
+prompts. IVPT puts both before each of the last four blocks, and a concept layer at the output.
+Letters in shapes, the same in every file:
 
-    B images   T tokens   N = h*w patches   D width   K prototypes of a layer, the background last
+    B images   T tokens   N = h*w patches   D width   K prototypes of a layer, background last
     G coarse concepts = K of the last layer - 1   C classes   M parts   S image side in pixels
 """
 import hashlib
@@ -64,8 +64,7 @@ class Attention(nn.Module):
             _, prompt_k, prompt_v = self.heads_of(prompts)
             k = torch.cat([k, prompt_k], dim=2)  # (B, heads, T + G, 64)
             v = torch.cat([v, prompt_v], dim=2)
-        if x.device.type == "cpu" and q.dtype == torch.bfloat16:
-            # The fused call's backward takes two to three times as long here.
+        if x.device.type == "cpu" and q.dtype == torch.bfloat16:  # there the fused call is slower
             y = (q * 0.125 @ k.transpose(2, 3)).softmax(-1) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v)
@@ -107,8 +106,8 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """x + ls1(attention(norm1(x))), then x + ls2(mlp(norm2(x))).
 
-    Prompts are tokens that are appended for this block and dropped after it. Their own output is
-    never read, so it is not computed: the other tokens attend to them, no more.
+    Prompts (B, G, D) are tokens of this block alone. What the block would make of them is never
+    read, so it is not computed: the other tokens attend to them, no more.
     """
 
     def __init__(self, width, swiglu=0):
@@ -137,7 +136,7 @@ class PatchEmbed(nn.Module):
 
 
 def patch_grid(image_size, patch_size):
-    """image_size: a side or (height, width) in pixels -> patches (h, w). ValueError if it does not fit."""
+    """A side or (height, width) in pixels -> patches (h, w). ValueError if they do not fit."""
     H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
     if H % patch_size or W % patch_size or min(H, W) < patch_size:
         below = max(1, H // patch_size) * patch_size
@@ -147,22 +146,18 @@ def patch_grid(image_size, patch_size):
 
 
 class VisionTransformer(nn.Module):
-    """DINOv2's ViT (Oquab et al. 2023, arXiv 2304.07193; registers: Darcet et al., arXiv 2309.16588).
+    """DINOv2's ViT (Oquab et al., arXiv 2304.07193; registers: Darcet et al., arXiv 2309.16588).
 
     image_size: side in pixels or (height, width), for which IVPT sizes its spatial biases. The ViT
     itself takes any image whose sides the patch divides. Raises ValueError for other sizes.
     """
 
-    has_file = False  # load_backbone says so; a checkpoint must hold a backbone that has no file
+    has_file = False  # set by load_backbone; a backbone without a file goes into the checkpoint
 
     def __init__(self, width, depth, patch_size, pos_grid, registers=0, swiglu=0, image_size=None):
         super().__init__()
-        if width % 64:
-            raise ValueError(f"backbone width {width}: expected a multiple of 64, the width of a head")
-        self.width = width
-        self.patch_size = patch_size
-        self.pos_grid = pos_grid
-        self.registers = registers
+        self.width, self.patch_size = width, patch_size
+        self.pos_grid, self.registers = pos_grid, registers
         self.prefix = 1 + registers  # tokens before the patches
         self.image_size = image_size or pos_grid * patch_size
         self.grid = patch_grid(self.image_size, patch_size)  # (h, w)
@@ -182,28 +177,27 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(parameter)
 
     def positions(self, h, w):
-        """Position embedding of cls and an h x w grid: (1, 1 + h*w, D). The first axis is the height."""
-        side, D = self.pos_grid, self.width
+        """Position embedding of cls and an h x w grid, (1, 1 + h*w, D). First axis: height."""
+        side = self.pos_grid
         if (h, w) == (side, side):
             return self.pos_embed
-        cls = self.pos_embed[:, :1]
-        grid = self.pos_embed[:, 1:].float().view(1, side, side, D).permute(0, 3, 1, 2)
+        cls, grid = self.pos_embed.split([1, side ** 2], dim=1)
+        grid = grid.float().view(1, side, side, self.width).permute(0, 3, 1, 2)
         if self.registers:
             grid = F.interpolate(grid, size=(h, w), mode="bicubic", antialias=True)
-        else:  # Meta's models without registers add 0.1, which shifts the sampling points a little
+        else:  # Meta's models without registers add 0.1, which shifts the sampling points
             scale = (h + 0.1) / side, (w + 0.1) / side
             grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
-        patches = grid.flatten(2).transpose(1, 2).to(cls)
-        return torch.cat([cls, patches], dim=1)
+        return torch.cat([cls, grid.flatten(2).transpose(1, 2).to(cls)], dim=1)
 
     def embed(self, images):
         """images (B, 3, H, W) -> tokens (B, prefix + N, D): cls, registers, patches."""
+        B = len(images)
         h, w = patch_grid(images.shape[2:], self.patch_size)
-        cls = self.cls_token.expand(len(images), -1, -1)
-        tokens = torch.cat([cls, self.patch_embed(images)], dim=1)
-        tokens = tokens + self.positions(h, w)
+        cls = self.cls_token.expand(B, -1, -1)
+        tokens = torch.cat([cls, self.patch_embed(images)], dim=1) + self.positions(h, w)
         if self.registers:  # they have no position
-            registers = self.register_tokens.expand(len(images), -1, -1)
+            registers = self.register_tokens.expand(B, -1, -1)
             tokens = torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)
         return tokens
 
@@ -220,95 +214,83 @@ URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{folder}/dinov2_{name}_pretr
 
 
 def load_backbone(name_or_path, image_size=None):
-    """A VisionTransformer with its weights, in fp32 and eval mode. "toy" is a new one, to be trained.
+    """A VisionTransformer with its weights, in fp32 and eval mode. "toy" is new, to be trained.
 
-    name_or_path: a name of ARCHITECTURES ("vitb14_reg4", "dinov2_" before it or not), downloaded once
-        into torch.hub's cache; or a file that holds a state dict in those names.
-    image_size: pixels a side, or (height, width); default: that of the position embedding, 518.
+    name_or_path: a name of ARCHITECTURES, downloaded once into torch.hub's cache, or a file that
+        holds a state dict in Meta's names, whose architecture is read off its shapes.
+    image_size: see VisionTransformer; default: that of the position embedding, 518 for DINOv2.
     Raises ValueError or OSError, one line, where there is no such file or it does not fit.
     """
     name = str(name_or_path).removeprefix("dinov2_")
+    path = Path(name_or_path).expanduser()
     if name == "toy":
         return VisionTransformer(**ARCHITECTURES["toy"], image_size=image_size)
     if name in ARCHITECTURES:
         patch_grid(image_size or 518, 14)  # a wrong size is said before 350 MB are fetched
         state = download_weights(name)
-    else:
-        path = Path(name_or_path).expanduser()
-        if not path.is_file():
-            names = ", ".join(ARCHITECTURES)
-            raise FileNotFoundError(f"--weights {name_or_path}: no such file, and not one of {names}")
+    elif path.is_file():
         state = read_file(path, "weights")
+    else:
+        names = ", ".join(ARCHITECTURES)
+        raise FileNotFoundError(f"--weights {path}: no such file, and not one of {names}")
     # A state dict in other names (timm, Hugging Face) would be renamed here.
-    return from_state_dict(state, name_or_path, image_size)
+    architecture = read_architecture(state, path)
+    with torch.device("meta"):  # without memory of its own: it takes over the file's tensors
+        backbone = VisionTransformer(**architecture, image_size=image_size)
+    check_shapes(backbone.state_dict(), state, f"weights {path}")
+    backbone.load_state_dict(state, assign=True)
+    backbone.has_file = True
+    return backbone.float().eval()
 
 
 def download_weights(name):
     """Meta's state dict of a named backbone (Apache-2.0), from torch.hub's cache or the network."""
     url = URL.format(folder=name.removesuffix("_reg4"), name=name)
     file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-    remedy = f"try again, put the file at {file}, or name another one by --weights"
+    remedy = f"try again, put it at {file}, or name a local file by --weights"
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
     except OSError as error:
         raise OSError(f"weights {name}: could not fetch {url} ({error}); {remedy}") from None
-    except Exception as error:  # half a file, or a login page: torch can raise anything on it
+    except Exception:  # half a file or a login page, on which torch can raise anything
         file.unlink(missing_ok=True)
-        kind = type(error).__name__
-        raise ValueError(f"weights {name}: {file} was damaged ({kind}) and is removed; {remedy}") from None
+        raise ValueError(f"weights {name}: {url} came damaged, now removed; {remedy}") from None
 
 
 def read_file(path, what):
-    """torch.load of tensors and plain values, never of code. One line if the file is damaged."""
+    """torch.load of tensors and plain values, never of code. A damaged file is one line."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise type(error)(f"{what} {path}: {error.strerror or error}") from None
-    except Exception as error:  # a damaged file can raise anything, from EOFError to AssertionError
+        return torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
+    except OSError:  # it names the file
+        raise
+    except Exception as error:  # anything from EOFError to AssertionError
         raise ValueError(f"{what} {path}: damaged, or not a torch file of tensors "
                          f"({type(error).__name__}); fetch or write it again") from None
 
 
 def read_architecture(state, path):
-    """The arguments of VisionTransformer, read off a state dict's shapes."""
-    try:
-        width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
-        num_positions = state["pos_embed"].shape[1] - 1
-        blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
-        registers = swiglu = 0
-        if "register_tokens" in state:
-            registers = state["register_tokens"].shape[1]
-        if "blocks.0.mlp.w3.weight" in state:
-            swiglu = state["blocks.0.mlp.w3.weight"].shape[1]
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise ValueError(f"weights {path}: not a ViT's state dict in DINOv2's names "
-                         f"({type(error).__name__}: {error}); name another file") from None
-    return dict(width=width, depth=len(blocks), patch_size=patch_size,
-                pos_grid=round(num_positions ** 0.5), registers=registers, swiglu=swiglu)
-
-
-def from_state_dict(state, path, image_size):
-    """A state dict in Meta's names -> VisionTransformer in eval mode, its tensors in fp32.
-
-    The module is built without memory and takes over the tensors, so weights are held once.
-    """
-    architecture = read_architecture(state, path)
-    with torch.device("meta"):
-        backbone = VisionTransformer(**architecture, image_size=image_size)
-    check_shapes(backbone.state_dict(), state, f"weights {path}")
-    state = {key: value.float() for key, value in state.items()}
-    backbone.load_state_dict(state, assign=True)
-    backbone.has_file = True
-    return backbone.eval()
+    """The arguments of VisionTransformer, read off the shapes of a state dict in Meta's names."""
+    if not isinstance(state, dict) or not {"patch_embed.proj.weight", "pos_embed"} <= state.keys():
+        raise ValueError(f"weights {path}: not a ViT's state dict in DINOv2's names; take another")
+    width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
+    pos_grid = round((state["pos_embed"].shape[1] - 1) ** 0.5)
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    registers = swiglu = 0
+    if "register_tokens" in state:
+        registers = state["register_tokens"].shape[1]
+    if "blocks.0.mlp.w3.weight" in state:
+        swiglu = state["blocks.0.mlp.w3.weight"].shape[1]
+    return dict(width=width, depth=depth, patch_size=patch_size, pos_grid=pos_grid,
+                registers=registers, swiglu=swiglu)
 
 
 def check_shapes(ours, theirs, what):
     """One line that names the first key that is missing, unknown or of another shape."""
     for key in [*ours, *theirs]:
         expected = tuple(ours[key].shape) if key in ours else "no such key"
-        found = "no such key"
-        if key in theirs:
-            found = tuple(theirs[key].shape) if torch.is_tensor(theirs[key]) else "no tensor"
+        found = "no such tensor"
+        if torch.is_tensor(theirs.get(key)):
+            found = tuple(theirs[key].shape)
         if found != expected:
             raise ValueError(f"{what}: {key}: found {found}, expected {expected}; "
                              "take the file that this model was made for")
@@ -319,18 +301,17 @@ def check_shapes(ours, theirs, what):
 class ConceptLayer(nn.Module):
     """K class-agnostic prototypes q_k claim N patches e. The maths and its gradients: kernels.py.
 
-    Concept region discovery: a_k = softmax over k of -|e - q_k|^2, with a bias b_k for every position.
-    Intra-region aggregation: p_k = sum(a_k e) / sum(a_k) over the patches where a_k is the largest.
+    Concept region discovery: a_k = softmax over k of -|e - q_k|^2, with a bias b_k for each patch.
+    Intra-region aggregation: p_k = sum(a_k e) / sum(a_k) over the patches where a_k is largest.
 
-    scaled: patches at the length sqrt(D), squared distances over sqrt(D) (ours): soft shares.
+    scaled: patches at length sqrt(D), squared distances over sqrt(D), so softer shares (ours).
     spatial_bias, regions: False takes the idea away, for the ablation.
     """
 
-    def __init__(self, K, width, N, bias_after_softmax, scaled=False, spatial_bias=True, regions=True):
+    def __init__(self, K, width, N, bias_after_softmax=True,
+                 scaled=False, spatial_bias=True, regions=True):
         super().__init__()
-        self.bias_after_softmax = bias_after_softmax
-        self.scaled = scaled
-        self.regions = regions
+        self.bias_after_softmax, self.scaled, self.regions = bias_after_softmax, scaled, regions
         self.prototypes = nn.Parameter(0.05 * torch.randn(K, width))
         self.bias = nn.Parameter(torch.zeros(K, N), requires_grad=spatial_bias)
 
@@ -341,10 +322,9 @@ class ConceptLayer(nn.Module):
         return F.normalize(to_float32(patches), dim=-1) * patches.shape[-1] ** 0.5
 
     def forward(self, patches, smoothing=0.0, detach_maps=False):
-        """patches (B, N, D) -> attention (B, K, N), pooled (B, K, D), mass (B, K).
+        """patches (B, N, D) -> attention (B, K, N), pooled (B, K, D), mass (B, K) of the regions.
 
-        mass is the summed attention of each region. smoothing is applied before pooling. detach_maps
-        lets the gradient reach the patches through pooled alone, not through the maps.
+        smoothing comes before pooling; detach_maps lets patches learn from pooled, not from maps.
         """
         patches, prototypes = self.prepare(patches), self.prototypes
         if self.scaled:  # D^-1/4 on both sides divides |e - q|^2 by sqrt(D), as attention does
@@ -363,44 +343,38 @@ class ConceptLayer(nn.Module):
 class Fusion(nn.Module):
     """Fine-to-coarse fusion: K - 1 region features, grouped into G concepts, become G prompts.
 
-    grouped: False is the ablation in which every fine concept prompts by itself, so G is K - 1.
+    grouped=False, for the ablation: every fine concept prompts by itself, so G is K - 1.
     """
 
     def __init__(self, width, G, mlp, grouped=True):
         super().__init__()
-        self.G = G
         self.grouping = nn.Linear(width, G) if grouped else None
         self.norm = nn.LayerNorm((G, width))
-        # The text has an MLP here, the released program one Linear.
-        linear = nn.Linear(width, width)
+        linear = nn.Linear(width, width)  # the text has an MLP here, the released program a Linear
         self.head = nn.Sequential(linear, nn.GELU(), nn.Linear(width, width)) if mlp else linear
 
     def forward(self, pooled, mass):
         """pooled (B, K-1, D), mass (B, K-1) -> prompts (B, G, D), S (B, K-1, G), rows of sum 1."""
         if self.grouping is None:
             return self.head(self.norm(pooled)), None
-        S = self.assign(pooled, mass)
-        weights = S.detach().transpose(1, 2)  # sg: grouping learns from the fused maps alone
-        with torch.autocast(pooled.device.type, enabled=False):
-            sums = weights @ to_float32(pooled)  # (B, G, D)
-            # 1e-30: a concept that nobody joins would be 0 / 0
-            coarse = sums / weights.sum(-1, keepdim=True).clamp_min(1e-30)
-        return self.head(self.norm(coarse)), S
-
-    def assign(self, pooled, mass):
-        """S (B, K-1, G): the share of each fine concept in each coarse one."""
         logits = to_float32(self.grouping(pooled))
         if self.training:
             S = F.gumbel_softmax(logits, tau=1.0)
         else:  # the released program samples here, too; we keep evaluation deterministic
             S = logits.softmax(-1)
-        return torch.where(mass[..., None] > 0, S, 1 / self.G)  # an empty region belongs to all alike
+        # An empty region belongs to all groups alike.
+        S = torch.where(mass[..., None] > 0, S, 1 / S.shape[2])
+        weights = S.detach().transpose(1, 2)  # sg: grouping learns from the fused maps alone
+        with torch.autocast(pooled.device.type, enabled=False):
+            sums = weights @ to_float32(pooled)  # (B, G, D)
+            coarse = sums / weights.sum(-1, keepdim=True).clamp_min(1e-30)  # 0 / 0 would be nan
+        return self.head(self.norm(coarse)), S
 
 
 def fuse_maps(a, S):
-    """Raw shares a (B, K, N), groups S (B, K-1, G) -> fused map (B, G+1, N), which sums to 1.
+    """Raw shares a (B, K, N), grouping S (B, K-1, G) -> fused map (B, G+1, N) of sum 1.
 
-    The background stays as it is. The authors' program fuses before it smooths, and so do we.
+    Like the authors' program, we fuse before we smooth. The background stays as it is.
     """
     with torch.autocast(a.device.type, enabled=False):  # shares must not be rounded to bf16
         concepts = S.transpose(1, 2) @ a[:, :-1]
@@ -412,7 +386,7 @@ def fuse_maps(a, S):
 
 class Output(NamedTuple):  # as IVPT fills it; the docstring of a baseline says what differs
     logits: torch.Tensor          # (B, C), the mean of the concepts' class scores
-    concept_logits: torch.Tensor  # (B, G, C), class scores of every coarse concept; None: has none
+    concept_logits: torch.Tensor  # (B, G, C), class scores of every coarse concept
     attention: list               # per concept layer (B, K_l, h, w), smoothed, sums to 1 over K_l
     groups: list                  # per prompted layer (B, K_l - 1, G)
     fused: list                   # per prompted layer (B, G + 1, h, w), background last
@@ -432,54 +406,50 @@ def tune_backbone(backbone, tune):
 class IVPT(nn.Module):
     """Interpretable visual prompt tuning of a VisionTransformer, which is used, not copied.
 
-    prototypes: prototypes of each concept layer, background included. All layers but the last one
-        prompt the last len(prototypes) - 1 blocks.
+    prototypes: prototypes of each concept layer, background included. All layers but the last
+        prompt one block each, the last len(prototypes) - 1.
     bias_after_softmax: a = max(softmax + bias, 0) as in the text; False: softmax(logit + bias).
     fusion_mlp: fusion head with an MLP (paper) or one Linear (released).
     tune: what of the backbone is trained: "none" (paper), "tokens" (released), "all".
-    scaled: soft shares, see ConceptLayer (ours).
-    spatial_bias, regions, cross_layer, fusion: False takes that idea away, for the ablation. Without
-        cross_layer the last concept layer stands alone and nothing is prompted.
+    scaled: softer shares, see ConceptLayer (ours).
+    spatial_bias, regions, cross_layer, fusion: False takes that idea away, for the ablation.
+        Without cross_layer the last concept layer stands alone and nothing is prompted.
     Raises ValueError where prototypes and backbone do not fit.
 
     Who learns from what; every stop-gradient (sg) in forward is meant:
-        prototypes, biases of prompted layers   the six losses on maps; their pooled features are sg
+        prototypes, biases of prompted layers   the six losses on maps; what they pool is sg
         grouping                                region consistency alone, through the fused maps
         fusion norm and head                    classification and orthogonality, through prompts
         prototypes, bias of the last layer      all but region consistency, whose target they are
     """
 
-    class_specific = False  # its prototypes are shared by all classes
+    class_specific = False  # all classes share the prototypes
 
-    def __init__(self, backbone, num_classes, prototypes=(17, 14, 11, 8, 5), bias_after_softmax=True,
-                 fusion_mlp=True, tune="none", scaled=False,
+    def __init__(self, backbone, num_classes, prototypes=(17, 14, 11, 8, 5),
+                 bias_after_softmax=True, fusion_mlp=True, tune="none", scaled=False,
                  spatial_bias=True, regions=True, cross_layer=True, fusion=True):
         super().__init__()
-        prototypes = tuple(prototypes)
-        if not 2 <= len(prototypes) <= len(backbone.blocks) + 1 or min(prototypes) < 2:
-            raise ValueError(f"prototypes {prototypes}: expected 2 to {len(backbone.blocks) + 1} "
-                             "numbers, each at least 2 (one concept and the background)")
+        depth = len(backbone.blocks)
+        if not 2 <= len(prototypes) <= depth + 1 or min(prototypes) < 2:
+            raise ValueError(f"prototypes {prototypes}: expected 2 to {depth + 1} numbers, "
+                             "each at least 2 (one concept and the background)")
         if min(backbone.grid) < 3:
             raise ValueError(f"image size {backbone.image_size}: {backbone.grid} patches, "
                              "expected at least 3 a side")
-        if not cross_layer:
-            prototypes = prototypes[-1:]
-        self.backbone = backbone
-        self.grid = backbone.grid  # (h, w)
-        self.num_classes = num_classes
-        self.prototypes = prototypes  # counts; the vectors are in the concept layers
-        self.tune = tune
+        self.backbone, self.grid = backbone, backbone.grid  # grid: (h, w)
+        self.num_classes, self.tune = num_classes, tune
+        self.prototypes = tuple(prototypes) if cross_layer else tuple(prototypes)[-1:]  # counts
         tune_backbone(backbone, tune)
 
-        h, w = self.grid
-        D, G = backbone.width, prototypes[-1] - 1
-        layer = dict(bias_after_softmax=bias_after_softmax, scaled=scaled,
-                     spatial_bias=spatial_bias, regions=regions)
-        self.concepts = nn.ModuleList(ConceptLayer(K, D, h * w, **layer) for K in prototypes)
-        self.fusions = nn.ModuleList()
-        for K in prototypes[:-1]:
+        N, D = self.grid[0] * self.grid[1], backbone.width
+        G = self.prototypes[-1] - 1
+        self.concepts, self.fusions = nn.ModuleList(), nn.ModuleList()
+        for K in self.prototypes:
+            self.concepts.append(
+                ConceptLayer(K, D, N, bias_after_softmax, scaled, spatial_bias, regions))
+        for K in self.prototypes[:-1]:
             self.fusions.append(Fusion(D, G if fusion else K - 1, fusion_mlp, grouped=fusion))
-        self.num_unprompted = len(backbone.blocks) - len(self.fusions)  # blocks before the concepts
+        self.num_unprompted = depth - len(self.fusions)  # blocks before the first concept layer
         self.norm = nn.LayerNorm((G + 1, D))
         self.classifier = nn.Linear(D, num_classes, bias=False)  # shared by the concepts
         for module in [*self.fusions.modules(), self.classifier]:
@@ -489,22 +459,22 @@ class IVPT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def unprompted(self, images):
-        """images -> tokens (B, T, D) before the first concept layer. Frozen, it needs no graph."""
+        """images -> tokens (B, T, D) before the first concept layer; frozen, they need no graph."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.tune != "none"):
             tokens = self.backbone.embed(images)
             for block in self.backbone.blocks[:self.num_unprompted]:
                 tokens = block(tokens)
         return tokens
 
-    def normed_patches(self, tokens):
+    def patches_of(self, tokens):
         """Tokens (B, T, D) -> patches (B, N, D) after the backbone's own final norm."""
         return self.backbone.norm(tokens[:, self.backbone.prefix:])
 
     def forward(self, images, backbone_graph=True):
         """images (B, 3, H, W) of the backbone's image_size -> Output.
 
-        backbone_graph=False keeps no graph of the backbone, for the equivariance loss: its maps see
-        the patches through sg, so prototypes and biases still get their whole gradient.
+        backbone_graph=False keeps no graph of the backbone, for the equivariance loss: its maps
+        see patches through sg, so prototypes and biases still get their whole gradient.
         """
         if patch_grid(images.shape[2:], self.backbone.patch_size) != self.grid:
             raise ValueError(f"images of {tuple(images.shape[2:])}: expected a grid of {self.grid} "
@@ -516,10 +486,10 @@ class IVPT(nn.Module):
         attention, groups, fused = [], [], []
         prompted_blocks = self.backbone.blocks[self.num_unprompted:]
         for concept, fusion, block in zip(self.concepts, self.fusions, prompted_blocks):
-            e = self.normed_patches(tokens).detach()  # e = LN(sg(x_l)), (B, N, D)
+            e = self.patches_of(tokens).detach()  # e = LN(sg(x_l)), (B, N, D)
             a, pooled, mass = concept(e)  # (B, K, N), (B, K, D), (B, K)
-            # sg: a prompt does not move the regions that it was pooled from
-            prompts, S = fusion(pooled[:, :-1].detach(), mass[:, :-1].detach())
+            pooled, mass = pooled.detach(), mass.detach()  # sg: a prompt does not move its regions
+            prompts, S = fusion(pooled[:, :-1], mass[:, :-1])  # without the background
             with torch.set_grad_enabled(graph):
                 tokens = block(tokens, prompts)
             smoothed = (a + SMOOTHING) / (a + SMOOTHING).sum(1, keepdim=True)
@@ -529,7 +499,7 @@ class IVPT(nn.Module):
                 fused.append(fuse_maps(a, S).unflatten(2, self.grid))
 
         with torch.set_grad_enabled(graph):
-            x = self.normed_patches(tokens)  # with gradient: the classes are read from it
+            x = self.patches_of(tokens)  # with gradient: the classes are read from it
         a, pooled, _ = self.concepts[-1](x, smoothing=SMOOTHING, detach_maps=True)  # maps of sg(x)
         attention.append(a.unflatten(2, self.grid))
         features = self.norm(pooled)  # (B, G + 1, D), jointly over concepts and width
@@ -542,9 +512,9 @@ class IVPT(nn.Module):
 
 @torch.no_grad()
 def start_prototypes(model, dataset, seed, num_images=512, num_patches=100):
-    """Prototypes become k-means centres of patches of the unprompted ViT (train.py --start kmeans).
+    """Prototypes become k-means centres of the unprompted ViT's patches (train.py --start kmeans).
 
-    Of every layer, the foreground patches are cut into K - 1 clusters. The mean of all others is the
+    In every layer, foreground patches are cut into K - 1 clusters; the mean of all others is the
     background prototype. dataset: training images in the test view; no annotation is read.
     Raises ValueError where too few patches are foreground.
     """
@@ -556,9 +526,8 @@ def start_prototypes(model, dataset, seed, num_images=512, num_patches=100):
         num_concepts = len(concept.prototypes) - 1
         foreground = find_foreground(e, rims, generator)
         if foreground.sum() <= num_concepts:
-            raise ValueError(f"--start kmeans: {foreground.sum()} foreground patches in {len(chosen)} "
-                             f"training images, expected many more than the {num_concepts} concepts; "
-                             "give more images, or take --start noise")
+            raise ValueError(f"--start kmeans: {foreground.sum()} foreground patches for "
+                             f"{num_concepts} concepts; give more images, or take --start noise")
         centres = kmeans(e[foreground], num_concepts, generator)
         background = e[~foreground].mean(0, keepdim=True)
         concept.prototypes.copy_(torch.cat([centres, background]))
@@ -567,40 +536,34 @@ def start_prototypes(model, dataset, seed, num_images=512, num_patches=100):
 def sample_patches(model, loader, num_patches, generator):
     """Patches as each concept layer meets them, a list of (n, D), and their rims (n).
 
-    A patch's rim is its squared distance from the middle of the image, as in background_presence.
+    A rim is a patch's squared distance from the image's middle, as in background_presence.
     """
-    backbone = model.backbone
-    device = backbone.cls_token.device
-    h, w = model.grid
-    y = torch.linspace(-1, 1, h)
-    x = torch.linspace(-1, 1, w)
+    backbone, device = model.backbone, model.classifier.weight.device
+    y, x = (torch.linspace(-1, 1, side) for side in model.grid)
     rim = (y[:, None] ** 2 + x ** 2).flatten()  # (N)
-    samples = [[] for _ in model.concepts]
-    rims = []
+    samples, rims = [[] for _ in model.concepts], []
     for images, *_ in loader:
-        kept = torch.randperm(h * w, generator=generator)[:num_patches]
+        kept = torch.randperm(len(rim), generator=generator)[:num_patches]
         rims.append(rim[kept].repeat(len(images)))
         tokens = backbone.embed(images.to(device))
-        for block in backbone.blocks[:model.num_unprompted]:
+        for l, block in enumerate([*backbone.blocks, nn.Identity()]):
+            if l >= model.num_unprompted:
+                layer = l - model.num_unprompted
+                e = model.concepts[layer].prepare(model.patches_of(tokens)[:, kept])
+                samples[layer].append(e.float().flatten(0, 1))
             tokens = block(tokens)
-        for l, concept in enumerate(model.concepts):
-            e = concept.prepare(model.normed_patches(tokens)[:, kept])
-            samples[l].append(e.float().flatten(0, 1))
-            if l < len(model.fusions):
-                tokens = backbone.blocks[model.num_unprompted + l](tokens)
     return [torch.cat(sample) for sample in samples], torch.cat(rims).to(device)
 
 
 def find_foreground(e, rims, generator):
     """Patches e (n, D), rims (n) -> bool (n): which are foreground.
 
-    The first principal component tells object from background; its foreground end keeps to the middle
-    of the images. We cut it into three clusters and take the upmost: of two, the upper one would also
-    hold what lies between. Nothing outside the inscribed circle is foreground, since some ViTs keep a
-    feature of its own in the four corners.
+    The first principal component tells object from background; the object keeps to the middle. Of
+    three clusters along it we take the upmost: of two, it would also hold what lies between.
+    Corners outside the inscribed circle are left out: some ViTs keep a feature of its own there.
     """
     centred = e - e.mean(0)
-    _, eigenvectors = torch.linalg.eigh(centred.T @ centred)  # eigenvalues ascend
+    eigenvectors = torch.linalg.eigh(centred.T @ centred).eigenvectors  # eigenvalues ascend
     component = centred @ eigenvectors[:, -1:]  # (n, 1)
     towards_rim = (component[:, 0] * (rims - rims.mean())).sum()
     component = component * -torch.sign(towards_rim)  # its sign is arbitrary: high is the middle
@@ -609,46 +572,40 @@ def find_foreground(e, rims, generator):
 
 
 def kmeans(e, K, generator, restarts=5, iterations=30):
-    """Patches e (n, D) -> centres (K, D), the best of some restarts."""
-    best_spread, best_centres = math.inf, None
+    """Patches e (n, D) -> the best centres (K, D) of some restarts.
+
+    Each begins with k-means++ (Arthur, Vassilvitskii 2007): a patch becomes a centre with the
+    probability of its squared distance from the centres before it.
+    """
+    best, found = math.inf, None
     for _ in range(restarts):
-        centres = kmeans_plus_plus(e, K, generator)
+        centres, nearest = e[:0], e.new_ones(len(e))
+        for _ in range(K):
+            nearest = nearest + (nearest.sum() == 0)  # fewer different patches than centres
+            pick = torch.multinomial(nearest.cpu(), 1, generator=generator).to(e.device)
+            centres = torch.cat([centres, e[pick]])
+            nearest = torch.cdist(e, centres).amin(1).square()
         for _ in range(iterations):
             owner = torch.cdist(e, centres).argmin(1)
             sums = torch.zeros_like(centres).index_add_(0, owner, e)
             sizes = torch.bincount(owner, minlength=K)[:, None]
             centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
         spread = torch.cdist(e, centres).amin(1).square().sum().item()
-        if spread < best_spread:
-            best_spread, best_centres = spread, centres
-    return best_centres
+        if spread < best:
+            best, found = spread, centres
+    return found
 
 
-def kmeans_plus_plus(e, K, generator):
-    """Centres are drawn with the squared distance from those before (Arthur, Vassilvitskii 2007)."""
-    centres = e[:0]
-    distance = e.new_ones(len(e))
-    for _ in range(K):
-        distance = distance + (distance.sum() == 0)  # fewer different patches than centres: any will do
-        pick = torch.multinomial(distance.cpu(), 1, generator=generator).to(e.device)
-        centres = torch.cat([centres, e[pick]])
-        distance = torch.cdist(e, centres).amin(1).square()
-    return centres
-
-
-# ---------------------------------------------------------------- from options or a checkpoint to a model
+# ---------------------------------------------------------------- options, checkpoints
 
 def ivpt_arguments(options):
     """Options of train.py, as a dict -> keyword arguments of IVPT."""
-    return dict(prototypes=options["prototypes"],
-                bias_after_softmax=options["bias"] == "after",
-                fusion_mlp=options["fusion"] == "mlp",
-                tune=options["tune"],
-                scaled=options["distance"] == "scaled",
-                spatial_bias=not options["no_bias"],
-                regions=not options["no_regions"],
-                cross_layer=not options["no_cross_layer"],
-                fusion=not options["no_fusion"])
+    return dict(
+        prototypes=options["prototypes"], tune=options["tune"],
+        bias_after_softmax=options["bias"] == "after", fusion_mlp=options["fusion"] == "mlp",
+        scaled=options["distance"] == "scaled", spatial_bias=not options["no_bias"],
+        regions=not options["no_regions"], cross_layer=not options["no_cross_layer"],
+        fusion=not options["no_fusion"])
 
 
 def build(options, num_classes, backbone=None):
@@ -662,7 +619,7 @@ def build(options, num_classes, backbone=None):
 
 
 def trained_state(model):
-    """What a checkpoint must hold: trained parameters, and all of a backbone that has no file."""
+    """What a checkpoint holds: trained parameters, and all of a backbone that has no file."""
     state = {}
     for name, parameter in model.named_parameters():
         fileless = name.startswith("backbone.") and not model.backbone.has_file
@@ -672,13 +629,13 @@ def trained_state(model):
 
 
 def fingerprint(model):
-    """SHA-256 of the backbone's parameters that a checkpoint does not hold."""
-    held = trained_state(model)
+    """SHA-256 of the frozen backbone, that is, of its parameters that no checkpoint holds."""
     digest = hashlib.sha256()
+    held = trained_state(model)
     for name, parameter in sorted(model.backbone.named_parameters()):
         if "backbone." + name not in held:
-            values = parameter.detach().cpu().contiguous()
-            digest.update(name.encode() + values.numpy().tobytes())
+            values = parameter.detach().cpu().contiguous().numpy()
+            digest.update(name.encode() + values.tobytes())
     return digest.hexdigest()
 
 
@@ -686,27 +643,22 @@ def save(path, content):
     """Write a text or a torch object beside path, then move it there: path is always whole."""
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
-    try:
-        with open(temporary, "wb") as file:
-            if isinstance(content, str):
-                file.write(content.encode())
-            else:
-                torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # on a full disk torch raises errors of its own
-        temporary.unlink(missing_ok=True)
-        reason = error.__context__ or error
-        raise OSError(f"{path}: could not be written ({reason}); make room and try again") from None
+    with open(temporary, "wb") as file:
+        if isinstance(content, str):
+            file.write(content.encode())
+        else:
+            torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def read_checkpoint(path):
     """A run's last.pt -> its dict. Raises ValueError or OSError, one line, if it is none."""
     checkpoint = read_file(path, "checkpoint")
-    for name, kind in dict(options=dict, classes=list, model=dict, fingerprint=str).items():
-        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name), kind):
-            raise ValueError(f"checkpoint {path}: it has no {name}; expected a last.pt of train.py")
+    fields = {"options", "classes", "model", "fingerprint"}
+    if not isinstance(checkpoint, dict) or not fields <= checkpoint.keys():
+        raise ValueError(f"checkpoint {path}: not written by train.py; name a run's last.pt")
     return checkpoint
 
 
@@ -722,18 +674,13 @@ def restore(model, checkpoint, path):
 def load_checkpoint(path, weights=None):
     """A run's last.pt -> (model in eval mode, checkpoint dict).
 
-    weights: the backbone's file, if it has moved. Raises ValueError or OSError, one line, for a file
-    that is missing, damaged, not a checkpoint, or of another frozen backbone.
+    weights: the backbone's file, if it has moved. Raises ValueError or OSError, one line, for a
+    file that is missing, damaged, no checkpoint, or of another frozen backbone.
     """
-    path = Path(path).expanduser()
     checkpoint = read_checkpoint(path)
     options = dict(checkpoint["options"])
     if weights:
         options["weights"] = weights
-    try:
-        model = build(options, len(checkpoint["classes"]))
-    except KeyError as error:
-        raise ValueError(f"checkpoint {path}: its options lack {error}; it is of another version "
-                         "of this program, train again") from None
+    model = build(options, len(checkpoint["classes"]))
     restore(model, checkpoint, path)
     return model.eval(), checkpoint
