@@ -55,7 +55,8 @@ class Attention(nn.Module):
     def heads_of(self, x):
         """x (B, T, D) -> q, k, v, each (B, heads, T, 64)."""
         B, T, D = x.shape
-        return self.qkv(x).view(B, T, 3, self.heads, 64).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).view(B, T, 3, self.heads, 64)
+        return qkv.permute(2, 0, 3, 1, 4)
 
     def forward(self, x, prompts=None):
         """x (B, T, D) attends to itself and to the prompts (B, G, D)."""
@@ -270,7 +271,8 @@ def read_file(path, what):
 
 def read_architecture(state, path):
     """The arguments of VisionTransformer, read off the shapes of a state dict in Meta's names."""
-    if not isinstance(state, dict) or not {"patch_embed.proj.weight", "pos_embed"} <= state.keys():
+    needed = {"patch_embed.proj.weight", "pos_embed"}
+    if not isinstance(state, dict) or not needed <= state.keys():
         raise ValueError(f"weights {path}: not a ViT's state dict in DINOv2's names; take another")
     width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     pos_grid = round((state["pos_embed"].shape[1] - 1) ** 0.5)
@@ -410,8 +412,7 @@ class IVPT(nn.Module):
         prompt one block each, the last len(prototypes) - 1.
     bias_after_softmax: a = max(softmax + bias, 0) as in the text; False: softmax(logit + bias).
     fusion_mlp: fusion head with an MLP (paper) or one Linear (released).
-    tune: what of the backbone is trained: "none" (paper), "tokens" (released), "all".
-    scaled: softer shares, see ConceptLayer (ours).
+    tune: see tune_backbone; scaled: see ConceptLayer.
     spatial_bias, regions, cross_layer, fusion: False takes that idea away, for the ablation.
         Without cross_layer the last concept layer stands alone and nothing is prompted.
     Raises ValueError where prototypes and backbone do not fit.
@@ -452,11 +453,11 @@ class IVPT(nn.Module):
         self.num_unprompted = depth - len(self.fusions)  # blocks before the first concept layer
         self.norm = nn.LayerNorm((G + 1, D))
         self.classifier = nn.Linear(D, num_classes, bias=False)  # shared by the concepts
-        for module in [*self.fusions.modules(), self.classifier]:
+        for module in self.fusions.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.classifier.weight, std=0.02)
 
     def unprompted(self, images):
         """images -> tokens (B, T, D) before the first concept layer; frozen, they need no graph."""
@@ -476,9 +477,10 @@ class IVPT(nn.Module):
         backbone_graph=False keeps no graph of the backbone, for the equivariance loss: its maps
         see patches through sg, so prototypes and biases still get their whole gradient.
         """
-        if patch_grid(images.shape[2:], self.backbone.patch_size) != self.grid:
-            raise ValueError(f"images of {tuple(images.shape[2:])}: expected a grid of {self.grid} "
-                             "patches, for which this model's spatial biases were made")
+        grid = patch_grid(images.shape[2:], self.backbone.patch_size)
+        if grid != self.grid:
+            raise ValueError(f"images with a grid of {grid} patches: expected {self.grid}, "
+                             "for which this model's spatial biases were made")
         graph = torch.is_grad_enabled() and backbone_graph
         with torch.set_grad_enabled(graph):
             tokens = self.unprompted(images)

@@ -8,10 +8,11 @@ A method is an nn.Module with
     losses(images, labels)                    -> (dict of losses without their sum, logits)
     parameter_groups(args)                    -> Adam's groups, with the rates of batch size 16
     set_epoch(epoch, epochs)                  where it has stages: called before every epoch
-    after_epoch(epoch, epochs, dataset)       and after it; dataset: training images in the test view
+    after_epoch(epoch, epochs, dataset)       and after it; dataset: training images, test view
 
-backbone, grid, num_classes and prototypes are attributes, as in IVPT. A subclass of IVPT has no losses of
-its own: train.ivpt_losses serves it. To add a method, write its class and name it in METHODS.
+backbone, grid, num_classes and prototypes are attributes, as in IVPT. A subclass of IVPT has no
+losses of its own: train.ivpt_losses serves it. To add a method, write its class and name it in
+METHODS.
 """
 from baselines.protopnet import Huang, ProtoPNet
 from baselines.vpt import VPTDeep, VPTDeepPrototypes

@@ -3,7 +3,7 @@
     python train.py --method protopnet    # Chen et al. 2019, arXiv 1806.10574
     python train.py --method huang        # Huang et al. 2023, arXiv 2212.05946
 
-Letters in shapes are those of model.py; here m is the number of prototypes of a class, and d their width.
+Letters in shapes are those of model.py; m is the number of prototypes of a class, d their width.
 """
 import math
 
@@ -31,16 +31,11 @@ def separation(d2, labels):
     return -others.amin((1, 2)).mean()
 
 
-def last_layer(last, own):
-    """L1 of what prototypes say of other classes than their own; last and own (C, C m)."""
-    return (last * (1 - own)).abs().sum()
-
-
 def alignment(z, shallow, d2, labels, slack=0.1):
     """Huang et al.'s shallow-deep feature alignment of z (B, N, d) with an early block (B, N, D).
 
-    Where a prototype of the class matches best, the patch should resemble the other patches as much as
-    it does in the early block: mean excess of |difference of cosines| over the slack.
+    Where a prototype of the class matches best, the patch should resemble the other patches as
+    much as it does in the early block: mean excess of |difference of cosines| over the slack.
     """
     peaks = d2[torch.arange(len(d2)), :, labels].argmin(1)  # (B, m)
     difference = peak_cosines(z, peaks) - peak_cosines(shallow, peaks)
@@ -63,16 +58,18 @@ class ProtoPNet(nn.Module):
         z = sigmoid(W2 relu(W1 e)) of a patch e,   d2 = |z - p_j|^2
         score_j = max over patches of log((d2 + 1) / (d2 + 1e-4)),   logits = W score
 
-    W is 1 to the prototype's own class and -1/2 to others. Loss of the first stage: cross entropy
-    + 0.8 Clst + 0.08 Sep; add-on layer and prototypes learn. Then every prototype is projected onto the
-    nearest patch of its class's training images. In the last stage, W alone learns, by cross entropy
-    + 1e-4 L1. The original also trains its backbone and starts the add-on layers otherwise.
+    W is 1 to the prototype's own class and -1/2 to others. There are two stages:
+        1. Add-on layers and prototypes learn: cross entropy + 0.8 Clst + 0.08 Sep (section 2.2).
+        Then every prototype is projected onto the nearest patch of its class's training images.
+        2. W alone learns: cross entropy + 1e-4 L1 of what prototypes say of other classes.
 
-    As in Huang et al., the maps shown are those of the image's own class, so concept j is another one
-    in every class. There is no background, and Output.attention holds similarities, not shares.
+    Footnote: the original also trains its backbone, and starts the add-on layers otherwise.
+
+    As in Huang et al., the maps shown are those of the image's own class, so concept j is another
+    one in every class. There is no background, and Output.attention holds similarities, not shares.
     """
 
-    rates = dict(lr=1e-2, lr_prototypes=3e-3)  # those of the authors, but for the last layer's
+    rates = dict(lr=1e-2, lr_prototypes=3e-3)  # the authors', except that of the last layer
     class_specific = True
 
     def __init__(self, backbone, num_classes, per_class=10, width=128, tune="none"):
@@ -93,7 +90,7 @@ class ProtoPNet(nn.Module):
         self.last = nn.Parameter(1.5 * own - 0.5)  # W
 
     def compare(self, images):
-        """images (B, 3, H, W) -> z (B, N, d), an early block's patches (B, N, D), d2 (B, N, C, m)."""
+        """images -> z (B, N, d), the patches of an early block (B, N, D), d2 (B, N, C, m)."""
         blocks, prefix = self.backbone.blocks, self.backbone.prefix
         learns = self.tune != "none" and not self.last_only
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
@@ -115,10 +112,10 @@ class ProtoPNet(nn.Module):
         return self.last if self.last_only else self.last.detach()
 
     def read(self, d2, labels=None):
-        """d2 (B, N, C, m) -> Output, with the maps of the labels' prototypes (None: the predictions').
+        """d2 (B, N, C, m) -> Output with the maps of the labels' prototypes (None: predictions').
 
-        The mean of concept_logits is what those prototypes add to the logits; the rest comes from the
-        prototypes of other classes.
+        The mean of concept_logits is what those prototypes add to the logits. The rest comes from
+        the prototypes of other classes.
         """
         similarity = ((d2 + 1) / (d2 + 1e-4)).log()
         scores = similarity.amax(1)  # (B, C, m)
@@ -148,7 +145,7 @@ class ProtoPNet(nn.Module):
         logits = self.read(d2, labels).logits
         losses = {"classification": F.cross_entropy(logits, labels)}
         if self.last_only:
-            losses["last_layer"] = 1e-4 * last_layer(self.last, self.own)
+            losses["last_layer"] = 1e-4 * (self.last * (1 - self.own)).abs().sum()
         else:
             losses |= self.map_losses(z, shallow, d2, labels)
         return losses, logits
@@ -160,7 +157,7 @@ class ProtoPNet(nn.Module):
         return [
             dict(params=[self.last], lr=args.lr),
             dict(params=[*self.add_on.parameters(), self.vectors], lr=args.lr_prototypes),
-            dict(params=self.backbone.parameters(), lr=args.lr_backbone),  # frozen without --tune all
+            dict(params=self.backbone.parameters(), lr=args.lr_backbone),  # frozen unless tuned
         ]
 
     def first_last_epoch(self, epochs):
@@ -169,8 +166,8 @@ class ProtoPNet(nn.Module):
 
     def set_epoch(self, epoch, epochs):
         if epochs < 2:
-            raise ValueError(f"--epochs {epochs}: --method protopnet needs at least 2, the second for "
-                             "its last layer")
+            raise ValueError(f"--epochs {epochs}: --method protopnet needs at least 2, "
+                             "the second for its last layer")
         self.last_only = epoch >= self.first_last_epoch(epochs)
 
     def after_epoch(self, epoch, epochs, dataset):
@@ -202,12 +199,12 @@ class ProtoPNet(nn.Module):
 class Huang(ProtoPNet):
     """Huang et al. on top of ProtoPNet, without projection and last stage.
 
-    Score aggregation: scores count for their own class alone, by learnt weights that are positive and
-    sum to m, W_cj = m softmax_j(w_c). Shallow-deep feature alignment: see alignment, weight 0.3.
+    Score aggregation: scores count for their own class alone. Their weights are learnt, positive
+    and sum to m: W_cj = m softmax_j(w_c). Shallow-deep feature alignment has the weight 0.3.
 
-    Theirs aligns the last map of a backbone that is trained; ours is frozen, so z is aligned. Their
-    distances are cosines, and they have an orthogonality loss. Our alignment sets in with the first
-    step, theirs after five epochs.
+    Footnotes: theirs aligns the last map of a backbone that is trained; ours is frozen, so z is
+    aligned. Their distances are cosines, and they have an orthogonality loss. Their alignment sets
+    in after five epochs, ours at once.
     """
 
     rates = dict(lr=1e-6, lr_prototypes=3e-3)

@@ -25,16 +25,17 @@ def new_prompts(num_blocks, num_prompts, backbone):
 # ---------------------------------------------------------------- VPT-Deep
 
 class VPTDeep(nn.Module):
-    """VPT-Deep: prompts P_l of its own in every block l, a linear head on the cls token.
+    """VPT-Deep: every block l has prompts P_l of its own; a linear head reads the cls token.
 
-        [x_l, _] = block_l([x_{l-1}, P_l]),   logits = head(norm(cls of x_L))        (equations 7 and 8)
+        [x_l, _] = block_l([x_{l-1}, P_l])         logits = head(norm(cls of x_L))
 
-    Nothing ties a prompt to a region. What can be looked at is where it looks itself: its attention to
-    the patches, mean over the heads, in the last five blocks. A patch belongs to a prompt that gives it
-    more than an even share, 1 / (T + G), of its attention. That even share stands for the background.
+    These are the paper's equations 7 and 8. Nothing ties a prompt to a region. We show where a
+    prompt looks: its attention to the patches, mean over the heads, in the last five blocks. A
+    patch belongs to a prompt that gives it more than an even share, 1 / (T + G), of its attention.
+    That even share stands for the background.
 
-    The paper searches rate and weight decay with SGD; here Adam trains it as it trains IVPT. With the
-    rate of the head, 1e-2, prompts learnt nothing for epochs, so they learn at that of tuned tokens.
+    The paper searches rate and weight decay with SGD; we train with Adam, as IVPT. At the rate of
+    the head, 1e-2, prompts learnt nothing for four epochs, so they learn at that of tuned tokens.
     """
 
     rates = dict(lr=1e-2, lr_prototypes=2e-4)
@@ -57,8 +58,8 @@ class VPTDeep(nn.Module):
     def forward(self, images):
         """images (B, 3, H, W) -> Output.
 
-        Its features are the cls token (B, 1, D); it has no concept_logits, groups or fused maps. Its
-        attention (B, G + 1, h, w) does not sum to 1, and is empty while training.
+        Its features are the cls token (B, 1, D). It has no concept_logits, groups or fused maps.
+        Its attention (B, G + 1, h, w) does not sum to 1, and is empty while training.
         """
         blocks = self.backbone.blocks
         first_shown = len(blocks) - len(self.prototypes)
@@ -94,18 +95,19 @@ class VPTDeep(nn.Module):
         return [
             dict(params=self.classifier.parameters(), lr=args.lr),
             dict(params=[self.prompts], lr=args.lr_prototypes),
-            dict(params=self.backbone.parameters(), lr=args.lr_backbone),  # frozen without --tune all
+            dict(params=self.backbone.parameters(), lr=args.lr_backbone),  # frozen unless tuned
         ]
 
 
 # ---------------------------------------------------------------- VPT-Deep with prototypes
 
 class VPTDeepPrototypes(IVPT):
-    """VPT-Deep with prototypes, the strongest baseline of IVPT's paper: free prompts in every block,
-    and IVPT's last concept layer on what comes out. No concept makes a prompt.
+    """VPT-Deep with prototypes, the strongest baseline of IVPT's paper.
 
-    Its losses are IVPT's (train.ivpt_losses) without region consistency, as nothing is fused. The
-    prompts learn from classification and orthogonality: maps see the patches through a stop-gradient.
+    Every block has free prompts, and IVPT's last concept layer reads what comes out. No concept
+    makes a prompt. The losses are IVPT's (train.ivpt_losses); region consistency is 0, as nothing
+    is fused. Prompts learn from classification and orthogonality alone, since maps see the patches
+    through a stop-gradient.
     """
 
     rates = dict(lr=1e-2, lr_prototypes=2e-4)
@@ -128,5 +130,5 @@ class VPTDeepPrototypes(IVPT):
             dict(params=[*self.classifier.parameters(), *self.norm.parameters()], lr=args.lr),
             dict(params=[concept.prototypes, self.free_prompts], lr=args.lr_prototypes),
             dict(params=[concept.bias], lr=args.lr_bias),
-            dict(params=self.backbone.parameters(), lr=backbone_rate),  # frozen without --tune
+            dict(params=self.backbone.parameters(), lr=backbone_rate),  # frozen unless tuned
         ]
