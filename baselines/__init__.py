@@ -1,0 +1,36 @@
+"""The methods that IVPT is compared with, on the same ViT. One file a family, one class a method.
+
+A method is an nn.Module with
+
+    rates                                     default learning rates, by option name
+    class_specific                            whether every class has prototypes of its own
+    forward(images) -> model.Output           its docstring says what differs from IVPT's
+    losses(images, labels)                    -> (dict of losses without their sum, logits)
+    parameter_groups(args)                    -> Adam's groups, with the rates of batch size 16
+    set_epoch(epoch, epochs)                  where it has stages: called before every epoch
+    after_epoch(epoch, epochs, dataset)       and after it; dataset: training images, test view
+
+backbone, grid, num_classes and prototypes are attributes, as in IVPT. A subclass of IVPT has no
+losses of its own: train.ivpt_losses serves it. To add a method, write its class and name it in
+METHODS.
+"""
+from baselines.protopnet import Huang, ProtoPNet
+from baselines.vpt import VPTDeep, VPTDeepPrototypes
+from model import IVPT, ivpt_arguments
+
+METHODS = {
+    "vpt-deep": VPTDeep,
+    "vpt-deep-proto": VPTDeepPrototypes,
+    "protopnet": ProtoPNet,
+    "huang": Huang,
+}
+
+
+def build_baseline(options, num_classes, backbone):
+    """options: those of train.py as a dict; backbone: a VisionTransformer, used, not copied."""
+    method = METHODS[options["method"]]
+    if issubclass(method, IVPT):
+        arguments = ivpt_arguments(options)
+    else:
+        arguments = dict(tune=options["tune"])
+    return method(backbone, num_classes, **arguments)

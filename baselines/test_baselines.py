@@ -1,0 +1,218 @@
+"""The specification of the baselines: the defining property of each, and what learns from what.
+
+    python -m pytest baselines
+"""
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import model as ivpt
+from baselines import METHODS, protopnet
+
+RATES = SimpleNamespace(lr=1.0, lr_prototypes=2.0, lr_bias=3.0, lr_backbone=4.0)
+
+
+def options_of(method, **changes):
+    options = dict(method=method, weights="toy", image_size=40, prototypes=(6, 5, 4), tune="none",
+                   bias="after", fusion="mlp", distance="euclidean", no_bias=False,
+                   no_regions=False, no_cross_layer=False, no_fusion=False)
+    return options | changes
+
+
+def tiny_baseline(method, classes=3, **changes):
+    """A model of the method on a small ViT with registers, every parameter random."""
+    torch.manual_seed(0)
+    backbone = ivpt.VisionTransformer(
+        width=128, depth=5, patch_size=8, pos_grid=5, registers=4, image_size=40)
+    model = ivpt.build(options_of(method, **changes), classes, backbone)
+    for name, p in model.named_parameters():
+        if name != "vectors":
+            mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            nn.init.normal_(p, mean, 0.1)
+    return model.eval()
+
+
+def reached(model, scalar):
+    """Names of the parameters that a scalar's gradient reaches, without the ends of the names."""
+    model.zero_grad(set_to_none=True)
+    scalar.backward(retain_graph=True)
+    names = [n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()]
+    return {name.split(".")[0] for name in names}
+
+
+# ---------------------------------------------------------------- VPT-Deep
+
+def test_vpt_deep_is_the_vit_with_ten_more_tokens_in_every_block():
+    """Prompts as full tokens that are thrown away after their block; and where they look."""
+    model, images = tiny_baseline("vpt-deep"), torch.randn(2, 3, 40, 40)
+    backbone = model.backbone
+    with torch.no_grad():
+        out, tokens = model(images), backbone.embed(images)
+        T = tokens.shape[1]
+        assert len(out.attention) == 5 and model.prototypes == (11,) * 5
+        for block, prompts, a in zip(backbone.blocks, model.prompts, out.attention):
+            x = torch.cat([tokens, prompts.expand(2, -1, -1)], 1)
+            q, k, _ = block.attn.heads_of(block.norm1(x))
+            weights = torch.einsum("bhqd,bhkd->bhqk", q / 8, k).softmax(-1).mean(1)
+            looks = weights[:, T:, 5:T].unflatten(2, (5, 5))  # rows of prompts, columns of patches
+            torch.testing.assert_close(a[:, :-1], looks, atol=1e-6, rtol=1e-4)
+            assert (a[:, -1] == 1 / (T + 10)).all()  # the even share
+            tokens = block(x)[:, :T]
+        logits = model.classifier(backbone.norm(tokens[:, 0]))
+    torch.testing.assert_close(out.logits, logits, atol=1e-4, rtol=1e-4)
+    assert model.train()(images).attention == []
+
+
+def test_vpt_deep_with_prototypes_is_a_concept_layer_on_prompted_patches():
+    model, images = tiny_baseline("vpt-deep-proto"), torch.randn(2, 3, 40, 40)
+    assert model.free_prompts.shape == (5, 10, 128) and model.prototypes == (4,)
+    tokens = model.backbone.embed(images)
+    for block, prompts in zip(model.backbone.blocks, model.free_prompts):
+        tokens = block(tokens, prompts.expand(2, -1, -1))
+    patches = model.backbone.norm(tokens[:, 5:])
+    a, pooled, _ = model.concepts[0](patches, smoothing=ivpt.SMOOTHING, detach_maps=True)
+    out = model(images)
+    assert out.groups == out.fused == []
+    torch.testing.assert_close(out.attention[0].flatten(2), a)
+    torch.testing.assert_close(out.logits, model.classifier(model.norm(pooled)[:, :-1]).mean(1))
+    assert reached(model, out.attention[0].square().sum()) == {"concepts"}
+    learners = {"free_prompts", "concepts", "norm", "classifier"}
+    assert reached(model, F.cross_entropy(out.logits, torch.tensor([0, 1]))) == learners
+
+
+# ---------------------------------------------------------------- ProtoPNet, Huang et al.
+
+def class_weights(model):
+    """What a prototype adds to a class, by the definitions: (C, C, m), to class, of class."""
+    own = torch.eye(3)[:, :, None]
+    if isinstance(model, METHODS["huang"]):
+        return own * 10 * model.last.softmax(1)  # positive, of sum m, for the own class alone
+    return own - 0.5 * (1 - own)
+
+
+@pytest.mark.parametrize("method", ["protopnet", "huang"])
+def test_protopnet_scores_by_hand_and_votes_sum_to_the_logits(method):
+    model, images = tiny_baseline(method), torch.randn(2, 3, 40, 40)
+    if method == "protopnet":
+        model.last.data = 1.5 * model.own - 0.5
+    labels = torch.tensor([2, 0])
+    z, _, d2 = model.compare(images)
+    out, W = model(images, labels), class_weights(model)
+    for b, label in enumerate(labels):
+        distance = torch.cdist(z[b], model.vectors).square().T.unflatten(0, (3, 10))  # (C, m, N)
+        similarity = ((distance + 1) / (distance + 1e-4)).log()
+        scores = similarity.amax(2)  # (C, m)
+        close = dict(atol=1e-3, rtol=1e-3)  # d2 is computed by the binomial formula
+        torch.testing.assert_close(out.logits[b], (W * scores).sum((1, 2)), **close)
+        shown = out.attention[0][b]
+        torch.testing.assert_close(shown[:10].flatten(1), similarity[label], **close)
+        assert (shown[:10].amax(0) > shown[10]).all()  # nobody is background
+        votes = out.concept_logits[b].mean(0)  # of the prototypes shown
+        others = (W * scores)[:, torch.arange(3) != label].sum((1, 2))
+        torch.testing.assert_close(votes + others, out.logits[b], atol=1e-2, rtol=1e-3)
+    predicted = model(images, out.logits.argmax(1)).attention[0]
+    assert torch.equal(model(images).attention[0], predicted)
+    with torch.autocast("cpu", torch.bfloat16):  # 40 classes have logits that differ by 0.25
+        assert torch.equal(model.read(d2).logits, out.logits)
+
+
+def test_the_losses_of_protopnet_and_huang_written_out():
+    torch.manual_seed(0)
+    d2, labels = torch.rand(2, 6, 3, 4), torch.tensor([1, 2])  # B, N, C, m
+    nearest = d2.amin((1, 3))  # (B, C)
+    torch.testing.assert_close(protopnet.cluster(d2, labels), nearest[[0, 1], labels].mean())
+    others = torch.stack([nearest[0, [0, 2]].min(), nearest[1, :2].min()])
+    torch.testing.assert_close(protopnet.separation(d2, labels), -others.mean())
+    z, shallow, total = torch.rand(2, 6, 5), torch.rand(2, 6, 7), 0
+    for b, label in enumerate(labels):
+        for j in range(4):
+            peak = d2[b, :, label, j].argmin()
+            deep = F.cosine_similarity(z[b, peak], z[b], dim=1)
+            early = F.cosine_similarity(shallow[b, peak], shallow[b], dim=1)
+            total += F.relu((deep - early).abs() - 0.1).sum().item()
+    found = protopnet.alignment(z, shallow, d2, labels).item()
+    assert found == pytest.approx(total / (2 * 4 * 6), rel=1e-4)
+    model = tiny_baseline("protopnet")
+    model.set_epoch(1, 2)
+    losses, _ = model.losses(torch.randn(2, 3, 40, 40), labels)
+    wrong = [model.last[c, k].abs() for c in range(3) for k in range(30) if k // 10 != c]
+    torch.testing.assert_close(losses["last_layer"], 1e-4 * sum(wrong))
+
+
+def test_projection_puts_every_prototype_on_a_patch_of_its_class_before_the_last_stage():
+    model = tiny_baseline("protopnet")
+    images = torch.randn(9, 3, 40, 40)
+    dataset = [(image, i % 2) for i, image in enumerate(images)]  # class 2 has no image
+    before, stages = model.vectors.detach().clone(), []
+    for epoch in range(6):
+        model.set_epoch(epoch, 6)
+        stages.append(model.last_only)
+        model.after_epoch(epoch, 6, dataset)
+        assert torch.equal(model.vectors, before) == (epoch < 2), epoch
+    assert stages == [False] * 3 + [True] * 3
+    assert torch.equal(model.vectors[20:], before[20:])
+    for c in (0, 1):
+        patches = model.compare(images[c::2])[0].flatten(0, 1)
+        nearest = torch.cdist(before[10 * c:10 * c + 10], patches).argmin(1)
+        torch.testing.assert_close(model.vectors[10 * c:10 * c + 10], patches[nearest])
+    model.set_epoch(25 - 6, 25)
+    assert not model.last_only  # five epochs for the last layer
+    with pytest.raises(ValueError, match="--epochs 1"):
+        model.set_epoch(0, 1)
+
+
+# ---------------------------------------------------------------- all
+
+def test_each_loss_reaches_what_its_paper_trains():
+    images, labels = torch.randn(2, 3, 40, 40), torch.tensor([0, 1])
+    first_stage = {"classification", "cluster", "separation"}
+    layers = {"add_on", "vectors"}
+    expected = {
+        "vpt-deep": {"classification": {"prompts", "classifier"}},
+        "protopnet": dict.fromkeys(first_stage, layers),
+        "huang": dict.fromkeys(first_stage, layers) | {
+            "classification": layers | {"last"}, "alignment": {"add_on"}},
+    }
+    for method, learners in expected.items():
+        model = tiny_baseline(method).train()
+        losses, logits = model.losses(images, labels)
+        assert {name: reached(model, loss) for name, loss in losses.items()} == learners, method
+        assert torch.equal(losses["classification"], F.cross_entropy(logits, labels))
+    model = tiny_baseline("protopnet").train()
+    model.set_epoch(1, 2)
+    losses, _ = model.losses(images, labels)
+    found = {name: reached(model, loss) for name, loss in losses.items()}
+    assert found == {"classification": {"last"}, "last_layer": {"last"}}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("tune", ["none", "all"])
+def test_every_trained_parameter_has_one_rate(method, tune):
+    model = tiny_baseline(method, tune=tune)
+    rates = {id(p): [] for p in model.parameters()}
+    for group in model.parameter_groups(RATES):
+        for p in group["params"]:
+            rates[id(p)].append(group["lr"])
+    slow = {"prompts", "free_prompts", "add_on", "vectors", "concepts"}
+    for name, p in model.named_parameters():
+        part = name.split(".")[0]
+        rate = 4.0 if part == "backbone" and tune == "all" else 2.0 if part in slow else 1.0
+        rate = 3.0 if name == "concepts.0.bias" else rate
+        assert rates[id(p)] == [rate] or not p.requires_grad, name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_gives_the_baseline_back(method, tmp_path):
+    images, options = torch.randn(2, 3, 40, 40), options_of(method)
+    model = ivpt.build(options, 3).eval()
+    assert {"lr", "lr_prototypes"} == model.rates.keys()
+    assert model.class_specific == (method in ("protopnet", "huang"))
+    ivpt.save(tmp_path / "last.pt", dict(
+        options=options, classes=["a", "b", "c"], model=ivpt.trained_state(model),
+        fingerprint=ivpt.fingerprint(model)))
+    loaded, _ = ivpt.load_checkpoint(tmp_path / "last.pt")
+    assert type(loaded) is METHODS[method]
+    assert torch.equal(loaded(images).logits, model(images).logits)
