@@ -31,6 +31,8 @@ NOISE_STD, NOISE_CLIP = 0.2, 0.25  # of the noise on the normalised image
 RANDOM_DRAWS = 10   # the random control is a mean over these
 METHOD = ("method", "recipe", "bias", "fusion", "tune", "start", "distance",
           "no_bias", "no_regions", "no_cross_layer", "no_fusion")  # options told in metrics.json
+PART_METRICS = ("consistency", "stability", "constant_location", "over_constant",
+                "random_location", "parts_hit")  # None where no key point is visible
 NO_KEYPOINTS = "No consistency and no stability: the data has no key points (parts/parts.txt)."
 
 
@@ -140,8 +142,8 @@ class Views(Dataset):
         h, w = self.grid
         centre_y = (torch.arange(h) + 0.5) * self.image_size / h
         centre_x = (torch.arange(w) + 0.5) * self.image_size / w
-        in_columns = (low[0] <= centre_x) & (centre_x <= high[0])
-        in_rows = (low[1] <= centre_y) & (centre_y <= high[1])
+        in_columns = (centre_x >= low[0]) & (centre_x <= high[0])
+        in_rows = (centre_y >= low[1]) & (centre_y <= high[1])
         return in_rows[:, None] & in_columns
 
 
@@ -178,8 +180,9 @@ def collect(model, views, owners, batch_size, workers, amp, gallery):
     correct = 0
     keypoints = []
     layers = []
+    num_owners = int(owners.max()) + 1
     for K in model.prototypes:
-        map_sums = torch.zeros(owners.max() + 1, K - 1, *model.grid, dtype=torch.float64)
+        map_sums = torch.zeros(num_owners, K - 1, *model.grid, dtype=torch.float64)
         layers.append(dict(peaks=[], noisy_peaks=[], won_inside=0, won_outside=0, map_sums=map_sums))
     for batch in tqdm(loader, leave=False, disable=True if rank else None):
         labels, inside = batch["label"], batch["inside"]
@@ -222,45 +225,67 @@ def gather(correct, keypoints, layers):
 
 
 # ---- 4. From what was collected to the metrics ----------------------------------------------------
-def percent(part, whole):
-    """None where the whole is nothing."""
-    return 100 * float(part) / float(whole) if whole else None
+def foreground(wins):
+    """wins (K,): patches won, the background last -> percent won by concepts; None without any."""
+    total = wins.sum().item()
+    won = total - wins[-1].item()
+    return 100 * won / total if total else None
 
 
-def region_metrics(peaks, won_inside, won_outside, owners):
-    """What needs no key points, as a dict. peaks (n, K-1, 2), won_inside and won_outside (K,).
-    foreground: percent of patches won by a concept; selectivity is the same inside and outside
-    the box. winning: percent of concepts that win any patch. peak_spreads: root mean square
-    distance of each concept's peaks from their mean, pixels; peak_spread: the concepts' mean.
+def peak_spreads(peaks, owners):
+    """peaks (n, K-1, 2) -> (K-1,): root mean square distance of each concept's peaks from their
+    mean over the images of an owner, pixels of the frame. A spread of 0 is one fixed spot.
     """
-    wins = won_inside + won_outside
     distances = torch.zeros(peaks.shape, dtype=torch.float64)
     for owner in owners.unique():
         own = peaks[owners == owner].double()
         distances[owners == owner] = own - own.mean(0)
-    spreads = distances.square().sum(2).mean(0).sqrt()  # (K-1,)
-    return dict(
+    return distances.square().sum(2).mean(0).sqrt()
+
+
+def parts_hit(hits, visible, parts):
+    """hits (n, K-1, M), visible (n, M) -> for each concept the three parts that it hits in most
+    images, a list of [name, percent of the images that show the part].
+    """
+    counts = hits.sum(0)  # (K-1, M)
+    shares = 100 * counts / visible.sum(0).clamp(min=1)
+    ranking = counts + shares / 101  # of equal counts the higher share comes first
+    orders = ranking.argsort(dim=1, descending=True, stable=True)
+    result = []
+    for order, share in zip(orders, shares):
+        best = [m for m in order[:3].tolist() if share[m] > 0]
+        result.append([[parts[m], share[m].item()] for m in best])
+    return result
+
+
+def layer_metrics(layer, keypoints, labels, owners, parts, seed):
+    """From what collect found of a layer to its metrics, a dict; keypoints (n, M, 3).
+
+    Selectivity is the foreground share inside and outside the box. The part metrics reward
+    looking at one spot, and a map that never moves is perfectly stable. Two controls tell:
+    constant_location scores the peaks of each prototype's mean map over the test images,
+    random_location peaks drawn anew for every image.
+    """
+    peaks = torch.cat(layer["peaks"])  # (n, K-1, 2)
+    spreads = peak_spreads(peaks, owners)
+    wins = layer["won_inside"] + layer["won_outside"]
+    metrics = dict.fromkeys(PART_METRICS)
+    metrics.update(
         prototypes=len(wins),
-        foreground=percent(wins[:-1].sum(), wins.sum()),
-        foreground_inside=percent(won_inside[:-1].sum(), won_inside.sum()),
-        foreground_outside=percent(won_outside[:-1].sum(), won_outside.sum()),
-        winning=percent((wins[:-1] > 0).sum(), len(wins) - 1),
+        foreground=foreground(wins),
+        foreground_inside=foreground(layer["won_inside"]),
+        foreground_outside=foreground(layer["won_outside"]),
+        winning=100 * (wins[:-1] > 0).sum().item() / (len(wins) - 1),
         wins=wins.tolist(),
         peak_spread=spreads.mean().item(),
         peak_spreads=spreads.tolist())
-
-
-def part_metrics(peaks, noisy_peaks, constant_peaks, keypoints, labels, seed):
-    """Consistency, stability and their controls, as a dict. peaks (n, K-1, 2), keypoints (n, M, 3).
-    The metrics reward looking at one spot, and a map that never moves is perfectly stable. So
-    constant_location scores the peaks of each prototype's mean map over the test images, and
-    random_location peaks drawn anew for every image. All are None without visible key points.
-    """
     visible = keypoints[:, :, 2] > 0
     if not visible.any():
-        return dict.fromkeys(("consistency", "stability", "constant_location", "over_constant",
-                              "random_location"))
+        return metrics
+
     hits = hits_of(peaks, keypoints)
+    noisy_hits = hits_of(torch.cat(layer["noisy_peaks"]), keypoints)
+    constant_peaks = find_peaks(layer["map_sums"])[owners]  # a sum peaks where the mean does
     score = consistency(hits, visible, labels)
     constant = consistency(hits_of(constant_peaks, keypoints), visible, labels)
     rng = np.random.default_rng(seed)
@@ -268,39 +293,28 @@ def part_metrics(peaks, noisy_peaks, constant_peaks, keypoints, labels, seed):
     for _ in range(RANDOM_DRAWS):
         random_peaks = torch.from_numpy(rng.integers(0, FRAME, peaks.shape))
         random_scores.append(consistency(hits_of(random_peaks, keypoints), visible, labels))
-    return dict(
+    metrics.update(
         consistency=score,
-        stability=stability(hits, hits_of(noisy_peaks, keypoints), labels),
+        stability=stability(hits, noisy_hits, labels),
         constant_location=constant,
         over_constant=score - constant,
         random_location=sum(random_scores) / RANDOM_DRAWS)
-
-
-def parts_hit(peaks, keypoints, parts):
-    """The three parts that each concept hits in most images, as lists of [name, percent of the
-    images that show the part].
-    """
-    count = hits_of(peaks, keypoints).sum(0)  # (K-1, M)
-    seen = (keypoints[:, :, 2] > 0).sum(0)
-    shares = 100 * count / seen.clamp(min=1)
-    ranking = count + shares / 101  # of equal counts the higher share comes first
-    result = []
-    for k, order in enumerate(ranking.argsort(dim=1, descending=True, stable=True).tolist()):
-        best = [m for m in order[:3] if count[k, m] > 0]
-        result.append([[parts[m], shares[k, m].item()] for m in best])
-    return result
+    if len(layer["map_sums"]) == 1:  # else concept k is another one in every class
+        metrics["parts_hit"] = parts_hit(hits, visible, parts)
+    return metrics
 
 
 @torch.inference_mode()
 def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, seed=0, split="test",
              recipe=None, gallery=None):
     """Accuracy, and the metrics of every concept layer -> dict, as in metrics.json.
+
     folder, split: what data.Images reads. amp: bf16 autocast. recipe: a dict that names the
     method in the protocol. gallery: explore.gallery.Gallery, which is shown every batch.
     Raises ValueError where the model's output is not finite.
     """
     views = Views(folder, split, image_size, seed, model.grid)
-    labels, parts, n = views.test.labels, views.test.parts, len(views)
+    labels, parts = views.test.labels, views.test.parts
     owners = labels if model.class_specific else torch.zeros_like(labels)
     was_training = model.training
     model.eval()
@@ -311,36 +325,33 @@ def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, see
     model.train(was_training)
 
     keypoints = torch.cat(keypoints)
-    has_keypoints = bool((keypoints[:, :, 2] > 0).any())
     layers = []
-    for l, record in enumerate(collected):
-        peaks = torch.cat(record["peaks"])
-        noisy_peaks = torch.cat(record["noisy_peaks"])
-        constant_peaks = find_peaks(record["map_sums"])[owners]  # a sum peaks where the mean does
-        layer = region_metrics(peaks, record["won_inside"], record["won_outside"], owners)
-        layer |= part_metrics(peaks, noisy_peaks, constant_peaks, keypoints, labels, (seed, l))
-        layer["parts_hit"] = None
-        if has_keypoints and not model.class_specific:  # else concept k differs between classes
-            layer["parts_hit"] = parts_hit(peaks, keypoints, parts)
-        layers.append(layer)
-
+    for l, layer in enumerate(collected):
+        layers.append(layer_metrics(layer, keypoints, labels, owners, parts, (seed, l)))
     head = max(0, len(layers) - 3)  # the released program reports the third layer from the end
     headline = dict(layer=head, consistency=layers[head]["consistency"],
                     stability=layers[head]["stability"])
     protocol = dict(
-        recipe=recipe, data=Path(folder).name, split=split, images=n, parts=len(parts),
+        recipe=recipe, data=Path(folder).name, split=split, images=len(views), parts=len(parts),
         classes=len(views.test.classes), classes_with_images=len(labels.unique()),
         image_size=image_size, grid=list(model.grid), amp=bool(amp), seed=seed)
-    return dict(accuracy=100 * correct / n, headline=headline, layers=layers,
-                unavailable=None if has_keypoints else NO_KEYPOINTS, protocol=protocol)
+    return dict(accuracy=100 * correct / len(views), headline=headline, layers=layers,
+                unavailable=NO_KEYPOINTS if headline["consistency"] is None else None,
+                protocol=protocol)
 
 
 COLUMNS = (  # title in the table, name in metrics.json, format
-    ("K", "prototypes", "d"), ("consist", "consistency", ".1f"),
-    ("const.loc", "constant_location", ".1f"), ("beats c.", "over_constant", "+.1f"),
-    ("random", "random_location", ".1f"), ("stable", "stability", ".1f"),
-    ("spread", "peak_spread", ".0f"), ("winning", "winning", ".0f"), ("fg", "foreground", ".1f"),
-    ("fg in", "foreground_inside", ".1f"), ("fg out", "foreground_outside", ".1f"))
+    ("K", "prototypes", "d"),
+    ("consist", "consistency", ".1f"),
+    ("const.loc", "constant_location", ".1f"),
+    ("beats c.", "over_constant", "+.1f"),
+    ("random", "random_location", ".1f"),
+    ("stable", "stability", ".1f"),
+    ("spread", "peak_spread", ".0f"),
+    ("winning", "winning", ".0f"),
+    ("fg", "foreground", ".1f"),
+    ("fg in", "foreground_inside", ".1f"),
+    ("fg out", "foreground_outside", ".1f"))
 LEGEND = """\
 * the headline. const.loc: consistency of one fixed spot, the peak of each concept's mean map; random:
 of random spots; beats c.: consistency above const.loc. stable: stability; a spot that never moves has

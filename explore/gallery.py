@@ -14,7 +14,6 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,14 +37,15 @@ def concept_colours(prototypes, parents):
     """
     layers = []
     for l, K in enumerate(prototypes):
-        if l >= len(parents):
-            layers.append([shade(k / (K - 1), 0.5) for k in range(K - 1)])
-            continue
         colours = []
-        for k, parent in enumerate(parents[l]):
-            rank = parents[l][:k].count(parent)
-            lightness = 0.28 + 0.5 * (rank + 0.5) / parents[l].count(parent)
-            colours.append(shade(parent / (prototypes[-1] - 1), lightness))
+        for k in range(K - 1):
+            if l < len(parents):
+                parent = parents[l][k]
+                rank = parents[l][:k].count(parent)  # in the parent's family
+                lightness = 0.28 + 0.5 * (rank + 0.5) / parents[l].count(parent)
+                colours.append(shade(parent / (prototypes[-1] - 1), lightness))
+            else:
+                colours.append(shade(k / (K - 1), 0.5))
         layers.append(colours)
     return layers
 
@@ -77,20 +77,13 @@ def panels(picture, points, maps, colours):
     return [image] + [paint_regions(picture, m, c) for m, c in zip(maps, colours)]
 
 
-def save_grid(pictures, columns, path):
-    """Pictures (3, S, S) uint8, in rows of that many columns, as an image file."""
+def to_image(pictures, columns):
+    """Pictures (3, S, S) uint8 -> a PIL image of them, in rows of that many columns."""
     grid = make_grid(torch.stack(pictures), nrow=columns, padding=5, pad_value=255)
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path, quality=88)
+    return Image.fromarray(grid.permute(1, 2, 0).numpy())
 
 
 # ---- 2. What is gathered while the model sees the images ------------------------------------------
-class Claim(NamedTuple):
-    """A concept's region in one image."""
-    strength: float       # its attention, summed over the patches that it wins
-    index: int            # of the image
-    margin: torch.Tensor  # (h, w), its attention less that of the strongest other prototype
-
-
 class Gallery:
     """images: data.Images in the test view. chosen: indices of those whose regions are shown."""
 
@@ -101,7 +94,9 @@ class Gallery:
             chosen = np.linspace(0, len(images) - 1, min(24, len(images))).astype(int).tolist()
         self.chosen = chosen
         self.examples = {}  # index -> maps [(K, h, w)] of every layer, class, its probability
-        self.claims = [[[] for _ in range(K - 1)] for K in model.prototypes]  # nine, strongest first
+        # Of every concept the nine strongest claims: strength, index, margin (h, w). Strength is its
+        # attention in the patches that it wins, margin its attention less the best of the others.
+        self.claims = [[[] for _ in range(K - 1)] for K in model.prototypes]
         self.groups = []  # of every prompted layer (K - 1, G): sums over images where a concept wins
 
     def add(self, output, indices):
@@ -111,12 +106,15 @@ class Gallery:
         for i, index in enumerate(indices.tolist()):
             if index in self.chosen:
                 maps = [layer[i].clone() for layer in layers]
-                self.examples[index] = maps, int(classes[i]), float(probabilities[i])
-        wins = [self.add_claims(*layer) for layer in zip(self.claims, layers, [indices] * len(layers))]
-        for l, groups in enumerate(output.groups):
-            if l == len(self.groups):
-                self.groups.append(0)
-            self.groups[l] = self.groups[l] + (groups.float().cpu() * wins[l][:, :, None]).sum(0)
+                self.examples[index] = maps, classes[i].item(), probabilities[i].item()
+        for l, maps in enumerate(layers):
+            wins = self.add_claims(self.claims[l], maps, indices)
+            if l < len(output.groups):
+                groups = (output.groups[l].float().cpu() * wins[:, :, None]).sum(0)
+                if l < len(self.groups):
+                    self.groups[l] += groups
+                else:
+                    self.groups.append(groups)
 
     def add_claims(self, layer_claims, maps, indices):
         """Keeps the strongest claims of a layer -> bool (B, K-1): where a concept wins a patch."""
@@ -129,150 +127,137 @@ class Gallery:
             strength = (maps[:, k] * won).sum((1, 2))
             margin = maps[:, k] - torch.where(won, second, first)
             for i in wins[:, k].nonzero().flatten().tolist():
-                claims.append(Claim(strength[i].item(), indices[i].item(), margin[i].clone()))
-            claims.sort(key=lambda claim: -claim.strength)
+                claims.append((strength[i].item(), indices[i].item(), margin[i].clone()))
+            claims.sort(key=lambda claim: -claim[0])
             del claims[9:]
         return wins
 
-    def parents(self):
-        """Of every prompted layer, the coarse concept that each fine one joins most."""
-        return [groups.argmax(1).tolist() for groups in self.groups]
+    def colours(self):
+        return concept_colours(self.prototypes, [groups.argmax(1).tolist() for groups in self.groups])
 
     def picture(self, index):
         """-> pixels (3, S, S) uint8 and key points (M, 3)."""
         image, _, points, _ = self.images[index]
         return data.denormalize(image), points
 
-    def strip(self, indices, path):
-        """Draws a row for each image: its key points, then the regions of every layer."""
-        colours = concept_colours(self.prototypes, self.parents())
+    # ---- 3. Drawn afterwards ----------------------------------------------------------------------
+    def strip(self, indices):
+        """A row for each image: its key points, then the regions of every layer."""
         pictures = []
         for index in indices:
-            pictures += panels(*self.picture(index), self.examples[index][0], colours)
-        save_grid(pictures, 1 + len(colours), path)
+            pictures += panels(*self.picture(index), self.examples[index][0], self.colours())
+        return to_image(pictures, 1 + len(self.prototypes))
 
-    def claims_sheet(self, claims, path):
-        """Draws nine images, all grey but for the concept's region."""
+    def sheet(self, claims):
+        """Nine images, pale but for the concept's region."""
         tiles = []
-        for claim in claims:
-            picture, _ = self.picture(claim.index)
-            region = upsample(claim.margin[None], picture.shape[2]) > 0
+        for _, index, margin in claims:
+            picture, _ = self.picture(index)
+            region = upsample(margin[None], picture.shape[2]) > 0
             pale = 0.3 * picture.float().mean(0) + 150
             tiles.append(torch.where(region, picture, pale.to(torch.uint8)))
         blank = torch.full_like(tiles[0], 255)
-        save_grid(tiles + [blank] * (9 - len(tiles)), 3, path)
+        return to_image(tiles + [blank] * (9 - len(tiles)), 3)
 
     def write(self, folder, metrics, log):
         """folder/index.html and folder/pictures. metrics: evaluate's dict; log: a log.jsonl."""
-        (folder / "pictures").mkdir(parents=True, exist_ok=True)
+        pictures = folder / "pictures"
+        pictures.mkdir(parents=True, exist_ok=True)
         for index in self.examples:
-            self.strip([index], folder / f"pictures/image_{index}.jpg")
+            self.strip([index]).save(pictures / f"image_{index}.jpg", quality=88)
         for l, layer_claims in enumerate(self.claims, start=1):
             for k, claims in enumerate(layer_claims, start=1):
                 if claims:
-                    self.claims_sheet(claims, folder / f"pictures/concept_{l}_{k}.jpg")
-        colours = concept_colours(self.prototypes, self.parents())
+                    self.sheet(claims).save(pictures / f"concept_{l}_{k}.jpg", quality=88)
         sections = dict(
             Numbers=f"<pre>{html.escape(evaluate.table(metrics))}</pre>",
-            Regions=self.regions_section(colours),
-            Concepts=self.concepts_section(colours, metrics["layers"]),
-            Hierarchy=self.hierarchy_section(colours),
-            Training=curves_section(read_log(log)))
+            Regions=self.regions_section(),
+            Concepts=self.concepts_section(metrics["layers"]),
+            Hierarchy=self.hierarchy_section(),
+            Training=curves_section(log))
         links = "".join(f"<a href='#{title}'>{title}</a> " for title in sections)
         body = "".join(f"<h2 id={title}>{title}</h2>{text}" for title, text in sections.items())
         (folder / "index.html").write_text(PAGE.format(links=links, body=body), encoding="utf-8")
 
-    def regions_section(self, colours):
-        names = [class_name(name) for name in self.images.classes]
+    def regions_section(self):
+        names = [re.sub(r"^\d+\.", "", name).replace("_", " ") for name in self.images.classes]
         text = REGIONS + "<div class=legend><b>image</b>"
-        for l, layer in enumerate(colours, start=1):
-            text += f"<div><b>layer {l}</b><br>"
-            text += "".join(chip(k, colour) for k, colour in enumerate(layer, start=1)) + "</div>"
+        for l, colours in enumerate(self.colours(), start=1):
+            chips = "".join(chip(k, colour) for k, colour in enumerate(colours, start=1))
+            text += f"<div><b>layer {l}</b><br>{chips}</div>"
         text += "</div>"
         for index, (_, guess, probability) in sorted(self.examples.items()):
-            truth = int(self.images.labels[index])
+            truth = self.images.labels[index].item()
             _, points = self.picture(index)
             order = points[:, 0].argsort().tolist()
-            seen = [self.images.parts[m] for m in order if points[m, 2] > 0]
+            seen = ", ".join(self.images.parts[m] for m in order if points[m, 2] > 0)
             text += EXAMPLE.format(
-                index=index, points=html.escape(", ".join(seen)), guess=names[guess],
-                percent=100 * probability, truth=names[truth],
+                index=index, points=html.escape(seen), guess=html.escape(names[guess]),
+                percent=100 * probability, truth=html.escape(names[truth]),
                 look="right" if guess == truth else "wrong")
         return text
 
-    def concepts_section(self, colours, layers):
+    def concepts_section(self, layers):
         text = CONCEPTS
-        for l, layer in enumerate(layers):
+        for l, (layer, colours) in enumerate(zip(layers, self.colours())):
             text += f"<h3>Layer {l + 1}</h3><div class=cards>"
-            for k, claims in enumerate(self.claims[l]):
-                if not claims:
-                    text += f"<div>{chip(k + 1, colours[l][k])} never wins a patch</div>"
+            for k, colour in enumerate(colours):
+                if not self.claims[l][k]:
+                    text += f"<div>{chip(k + 1, colour)} never wins a patch</div>"
                     continue
                 parts = layer["parts_hit"][k] if layer["parts_hit"] else []
                 parts = ", ".join(f"{part} {share:.0f} %" for part, share in parts)
                 text += CARD.format(
-                    l=l + 1, k=k + 1, chip=chip(k + 1, colours[l][k]), parts=html.escape(parts),
+                    l=l + 1, k=k + 1, chip=chip(k + 1, colour), parts=html.escape(parts),
                     share=100 * layer["wins"][k] / sum(layer["wins"]),
                     spread=layer["peak_spreads"][k])
             text += "</div>"
         return text
 
-    def hierarchy_section(self, colours):
-        """A table: coarse concepts, and in every layer the fine concepts that join them most."""
+    def hierarchy_section(self):
+        """A table: a row for each coarse concept, the fine concepts that join it most, by layer."""
         if not self.groups:
             return "<p>This model groups nothing: no hierarchy.</p>"
         text = HIERARCHY
+        colours = self.colours()
         for g, colour in enumerate(colours[-1]):
-            text += "<tr><td>" + THUMBNAIL.format(
-                l=len(self.claims), k=g + 1, chip=chip(g + 1, colour), share="")
-            for l, parents in enumerate(self.parents()):
+            text += "<tr><td>" + FIRST.format(l=len(colours), k=g + 1, chip=chip(g + 1, colour), note="")
+            for l, groups in enumerate(self.groups):
                 text += "<td>"
-                for k, parent in enumerate(parents):
-                    if parent == g and self.claims[l][k]:
-                        share = self.groups[l][k, g] / self.groups[l][k].sum()
-                        text += THUMBNAIL.format(l=l + 1, k=k + 1, chip=chip(k + 1, colours[l][k]),
-                                                 share=f"{100 * share:.0f} %")
+                shares = groups / groups.sum(1, keepdim=True)  # NaN where a concept never wins
+                for k in (shares.argmax(1) == g).nonzero().flatten().tolist():
+                    if self.claims[l][k]:
+                        text += FIRST.format(l=l + 1, k=k + 1, chip=chip(k + 1, colours[l][k]),
+                                             note=f"{100 * shares[k, g]:.0f} %")
         return text + "</table>"
-
-
-# ---- 3. The rest of the page ----------------------------------------------------------------------
-def class_name(name):
-    """CUB's "001.Black_footed_Albatross" -> "Black footed Albatross", safe in HTML."""
-    return html.escape(re.sub(r"^\d+\.", "", name).replace("_", " "))
 
 
 def chip(number, colour):
     return f"<i style='background:rgb{colour}'>{number}</i>"
 
 
-def read_log(path):
-    """log.jsonl -> a dict an epoch; a line that a kill cut off is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+def curves_section(log):
+    """Small multiples of every number in log.jsonl, as SVG."""
+    curves = {}
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
-            pass
-    return rows
-
-
-def curves_section(rows):
-    """Small multiples of every number in the log, as SVG."""
-    text = ""
-    for name in dict.fromkeys(name for row in rows for name in row if name != "epoch"):
-        values = [row[name] for row in rows if isinstance(row.get(name), (int, float))]
-        values = [value for value in values if math.isfinite(value)]
-        if not values:
-            continue
+            continue  # a line that a kill cut off
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                curves.setdefault(name, []).append(value)
+    text = "<div class=cards>"
+    for name, values in curves.items():
         low, high = min(values), max(values)
         points = ""
         for i, value in enumerate(values):
             x = 5 + 190 * i / max(1, len(values) - 1)
             y = 75 - 65 * (value - low) / ((high - low) or 1)
             points += f"{x:.1f},{y:.1f} "
-        text += PLOT.format(name=html.escape(name.replace("_", " ")), last=values[-1],
-                            points=points, low=low, high=high, count=len(values))
-    return f"<div class=cards>{text}</div>" if text else "<p>The run has no log.jsonl: no curves.</p>"
+        text += CURVE.format(name=html.escape(name), last=values[-1], points=points, low=low,
+                             high=high, count=len(values))
+    return text + "</div>"
 
 
 PAGE = """<!doctype html><meta charset=utf-8><title>IVPT</title><style>
@@ -293,7 +278,8 @@ concept that claims it most; pale is background. Each concept of the last layer 
 concept is a shade of the one that it joins most. Where a model groups nothing, colours start afresh
 in every layer. Rest the pointer on a row to read the names of its key points.</p>"""
 EXAMPLE = """<figure><img src='pictures/image_{index}.jpg' alt='' title='From left to right: {points}'>
-image {index}: predicted <b>{guess}</b> ({percent:.0f} %), <span class={look}>truly {truth}</span></figure>"""
+image {index}: predicted <b>{guess}</b> ({percent:.0f} %),
+<span class={look}>truly {truth}</span></figure>"""
 CONCEPTS = """<p>The nine images in which each concept claims most, and its region there. Below, the
 three parts that it hits in most images, each with the share of the images that show it. The metrics
 count a hit within 36 of 224 pixels of the peak of the concept's map, whatever its region. A small
@@ -301,32 +287,33 @@ spread of the peaks means one fixed spot. Where every class has prototypes of it
 the first of the image's class.</p>"""
 CARD = """<figure><img src='pictures/concept_{l}_{k}.jpg' alt=''>{chip} {parts}<br>
 <small>{share:.3g} % of patches, peak spread {spread:.0f} px</small></figure>"""
-HIERARCHY = """<p>Each concept of the last layer, and the fine concepts of every layer that join it
+HIERARCHY = """<p>Each concept of the last layer, then in every layer the fine concepts that join it
 more than another. In percent: the mean grouping over images where the fine concept wins a patch.</p>
 <table>"""
-THUMBNAIL = """<div class=first><div style='background-image:url(pictures/concept_{l}_{k}.jpg)'></div>
-{chip} {share}</div>"""
-PLOT = """<figure>{name} <b>{last:.4g}</b><svg viewBox='0 0 200 96'><polyline points='{points}'/>
+FIRST = """<div class=first><div style='background-image:url(pictures/concept_{l}_{k}.jpg)'></div>
+{chip} {note}</div>"""
+CURVE = """<figure>{name} <b>{last:.4g}</b><svg viewBox='0 0 200 96'><polyline points='{points}'/>
 <text x='5' y='92'>{low:.3g} to {high:.3g}, {count} epochs</text></svg></figure>"""
 
 
+# ---- 4. Some rows of it, for README.md ------------------------------------------------------------
 @torch.inference_mode()
 def main(argv=None):
     parser = data.one_line_parser(description="Draw the regions of all layers in some test images.")
     parser.add_argument("--ckpt", required=True, help="last.pt of a run")
     parser.add_argument("--strip", required=True, metavar="FILE", help="the picture to write")
-    parser.add_argument("--images", type=int, nargs="+", default=[0, 1, 2],
+    parser.add_argument("--images", type=int, nargs="+", default=[0, 1, 2], metavar="N",
                         help="numbers of the test images, as in the gallery")
     args = parser.parse_args(argv)
     model, checkpoint = evaluate.load_run(args.ckpt)
     images = evaluate.load_images(checkpoint)
-    if max(args.images) >= len(images):
-        raise ValueError(f"--images {max(args.images)}: the last test image is {len(images) - 1}")
+    if not 0 <= min(args.images) <= max(args.images) < len(images):
+        raise ValueError(f"--images {args.images}: expected numbers from 0 to {len(images) - 1}")
     gallery = Gallery(model, images, args.images)
     amp = checkpoint["options"]["amp"]
-    for batch, labels, _, indices in tqdm(DataLoader(images, 32), leave=False, disable=None):
-        gallery.add(evaluate.forward(model, batch, labels, amp), indices)  # all: for the grouping
-    gallery.strip(args.images, args.strip)
+    for batch, _, _, indices in tqdm(DataLoader(images, 32), leave=False, disable=None):
+        gallery.add(evaluate.forward(model, batch, amp=amp), indices)  # all images, for the groups
+    gallery.strip(args.images).save(args.strip, quality=88)
 
 
 if __name__ == "__main__":
