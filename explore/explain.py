@@ -1,0 +1,115 @@
+"""Why an image got its class: the likeliest classes, each concept's vote, the regions of all layers.
+
+    python explore/explain.py --ckpt runs/cub/last.pt bird.jpg folder_of_images --out pictures
+"""
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.datasets.folder import is_image_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import evaluate
+from explore.gallery import concept_colours, panels, to_image
+
+GREY = (128, 128, 128)
+
+
+class Explanation(NamedTuple):
+    classes: list  # (name, percent) of the five likeliest
+    votes: list    # (name, vote, colour) of the coarse concepts
+    maps: list     # (K, h, w) of every layer
+    colours: list  # of every layer: (r, g, b) of K - 1 concepts
+
+
+@torch.inference_mode()
+def explain(model, image, class_names, amp=False):
+    """image (3, S, S) normalised -> Explanation.
+
+    A coarse concept's vote is its score of the winner less that of the runner-up, over G: above zero
+    it speaks for the winner. The votes sum to the margin between the two logits. Where every class
+    has prototypes of its own, those of the other classes have one vote together.
+    """
+    output = evaluate.forward(model, image[None], amp=amp)
+    logits = output.logits[0].float()
+    order = logits.argsort(descending=True, stable=True).tolist()
+    probabilities = logits.softmax(0).tolist()
+    classes = [(class_names[c], 100 * probabilities[c]) for c in order[:5]]
+    parents = [groups[0].argmax(1).tolist() for groups in output.groups]
+    colours = concept_colours(model.prototypes, parents)
+
+    winner, runner_up = order[0], order[:2][-1]  # where there is one class, it is both
+    votes = []
+    if output.concept_logits is not None:
+        scores = output.concept_logits[0].float()  # (G, C)
+        differences = (scores[:, winner] - scores[:, runner_up]) / len(scores)
+        for g, vote in enumerate(differences.tolist()):
+            votes.append((f"concept {g + 1}", vote, colours[-1][g]))
+    if model.class_specific:
+        margin = (logits[winner] - logits[runner_up]).item()
+        rest = margin - sum(vote for _, vote, _ in votes)
+        votes.append(("prototypes of other classes", rest, GREY))
+    return Explanation(classes, votes, [maps[0].cpu() for maps in output.attention], colours)
+
+
+def describe(explanation):
+    """The explanation as lines of text, each with its colour."""
+    lines = []
+    for rank, (name, percent) in enumerate(explanation.classes, start=1):
+        lines.append((f"{rank}. {name}  {percent:.1f} %", "black"))
+    total = sum(vote for _, vote, _ in explanation.votes)
+    if explanation.votes:
+        lines.append((f"votes for the first class against the second, in all {total:+.2f}", "black"))
+    else:
+        lines.append(("no votes: the classes are read from the cls token", "black"))
+    for name, vote, colour in explanation.votes:
+        lines.append((f"{name}  {vote:+.2f}", colour))
+    return lines
+
+
+def draw(picture, explanation):
+    """picture (3, S, S) uint8 -> PIL image: the regions of all layers above the text."""
+    row = panels(picture, torch.zeros(0, 3), explanation.maps, explanation.colours)
+    strip = to_image(row, len(row))
+    lines = describe(explanation)
+    sheet = Image.new("RGB", (max(480, strip.width), strip.height + 22 * len(lines) + 8), "white")
+    sheet.paste(strip)
+    for i, (line, colour) in enumerate(lines):
+        place = (8, strip.height + 22 * i)
+        ImageDraw.Draw(sheet).text(place, line, colour, ImageFont.load_default(16))
+    return sheet
+
+
+def explain_files(model, paths, checkpoint, amp, out):
+    """Explains images, and all images of folders: prints the text, draws out/NUMBER_NAME.png."""
+    files = []
+    for path in map(Path, paths):
+        found = sorted(path.iterdir()) if path.is_dir() else [path]
+        files += [file for file in found if file == path or is_image_file(file.name)]
+    out.mkdir(parents=True, exist_ok=True)
+    for number, file in enumerate(files, start=1):
+        image = data.read_image(file, upright=True)
+        image = data.to_tensor(data.test_view(image, checkpoint["options"]["image_size"]))
+        explanation = explain(model, image, checkpoint["classes"], amp)
+        target = out / f"{number}_{file.stem}.png"
+        draw(data.denormalize(image), explanation).save(target)
+        text = "\n".join(line for line, _ in describe(explanation))
+        print(f"{file}, drawn in {target}\n{text}\n")
+
+
+def main(argv=None):
+    parser = data.one_line_parser(description=__doc__)
+    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER")
+    parser.add_argument("--ckpt", required=True, help="last.pt of a run")
+    parser.add_argument("--out", help="folder of the pictures; default: explained, in the run's")
+    args = parser.parse_args(argv)
+    model, checkpoint = evaluate.load_run(args.ckpt)
+    out = Path(args.out or Path(args.ckpt).parent / "explained")
+    explain_files(model, args.images, checkpoint, checkpoint["options"]["amp"], out)
+
+
+if __name__ == "__main__":
+    data.run_script(main)

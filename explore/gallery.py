@@ -1,0 +1,320 @@
+"""The gallery: what every concept of a trained model sees, as one HTML page with its pictures.
+
+    python evaluate.py --ckpt runs/cub/last.pt --visualize pictures     # then open pictures/index.html
+    python explore/gallery.py --ckpt runs/cub/last.pt --strip regions.jpg --images 1 2 3
+
+Maps are upsampled to the image before the argmax, so regions have smooth borders. Colours mean the
+same in all layers: a coarse concept, of the last layer, has a hue; a fine concept is a shade of the
+coarse concept that it joins most (Output.groups). Background is pale.
+"""
+import colorsys
+import html
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.utils import draw_keypoints, draw_segmentation_masks, make_grid
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import evaluate
+
+
+# ---- 1. Pictures ----------------------------------------------------------------------------------
+def concept_colours(prototypes, parents):
+    """-> RGB colours (r, g, b) of the K - 1 concepts of every layer.
+
+    parents: for every prompted layer the coarse concept that each fine one joins most, K - 1
+    numbers. A layer without parents has a hue for each of its concepts.
+    """
+    layers = []
+    for l, K in enumerate(prototypes):
+        colours = []
+        for k in range(K - 1):
+            if l < len(parents):
+                parent = parents[l][k]
+                rank = parents[l][:k].count(parent)  # in the parent's family
+                lightness = 0.28 + 0.5 * (rank + 0.5) / parents[l].count(parent)
+                colours.append(shade(parent / (prototypes[-1] - 1), lightness))
+            else:
+                colours.append(shade(k / (K - 1), 0.5))
+        layers.append(colours)
+    return layers
+
+
+def shade(hue, lightness):
+    """hue and lightness in 0..1 -> (r, g, b) in 0..255."""
+    return tuple(round(255 * value) for value in colorsys.hls_to_rgb(hue, lightness, 0.8))
+
+
+def upsample(maps, side):
+    """maps (K, h, w) -> (K, side, side)."""
+    return F.interpolate(maps[None].float(), size=(side, side), mode="bicubic")[0]
+
+
+def paint_regions(picture, maps, colours):
+    """picture (3, S, S) uint8, maps (K, h, w), K - 1 colours -> (3, S, S): concepts in colour."""
+    winners = upsample(maps, picture.shape[2]).argmax(0)  # (S, S)
+    masks = F.one_hot(winners, len(maps)).permute(2, 0, 1).bool()
+    grey = picture.float().mean(0).to(torch.uint8).expand(3, -1, -1)  # or its hues would mix in
+    return draw_segmentation_masks(grey, masks, alpha=0.6, colors=[*colours, (255, 255, 255)])
+
+
+def panels(picture, points, maps, colours):
+    """picture (3, S, S) with its visible key points (M, 3), then the regions of every layer."""
+    visible = points[points[:, 2] > 0, :2][None]  # (1, M, 2)
+    radius = max(1, picture.shape[2] // 75)
+    image = draw_keypoints(picture, visible, colors="black", radius=radius + 1)
+    image = draw_keypoints(image, visible, colors="yellow", radius=radius)
+    return [image] + [paint_regions(picture, m, c) for m, c in zip(maps, colours)]
+
+
+def to_image(pictures, columns):
+    """Pictures (3, S, S) uint8 -> a PIL image of them, in rows of that many columns."""
+    grid = make_grid(torch.stack(pictures), nrow=columns, padding=5, pad_value=255)
+    return Image.fromarray(grid.permute(1, 2, 0).numpy())
+
+
+# ---- 2. What is gathered while the model sees the images ------------------------------------------
+class Gallery:
+    """images: data.Images in the test view. chosen: indices of those whose regions are shown."""
+
+    def __init__(self, model, images, chosen=None):
+        self.images = images
+        self.prototypes = model.prototypes
+        if chosen is None:
+            chosen = np.linspace(0, len(images) - 1, min(24, len(images))).astype(int).tolist()
+        self.chosen = chosen
+        self.examples = {}  # index -> maps [(K, h, w)] of every layer, class, its probability
+        # Of every concept the nine strongest claims: strength, index, margin (h, w). Strength is its
+        # attention in the patches that it wins, margin its attention less the best of the others.
+        self.claims = [[[] for _ in range(K - 1)] for K in model.prototypes]
+        self.groups = []  # of every prompted layer (K - 1, G): sums over images where a concept wins
+
+    def add(self, output, indices):
+        """An Output in the test view, and the indices (B,) of its images."""
+        layers = [maps.float().cpu() for maps in output.attention]  # (B, K, h, w)
+        probabilities, classes = output.logits.float().softmax(1).cpu().max(1)
+        for i, index in enumerate(indices.tolist()):
+            if index in self.chosen:
+                maps = [layer[i].clone() for layer in layers]
+                self.examples[index] = maps, classes[i].item(), probabilities[i].item()
+        for l, maps in enumerate(layers):
+            wins = self.add_claims(self.claims[l], maps, indices)
+            if l < len(output.groups):
+                groups = (output.groups[l].float().cpu() * wins[:, :, None]).sum(0)
+                if l < len(self.groups):
+                    self.groups[l] += groups
+                else:
+                    self.groups.append(groups)
+
+    def add_claims(self, layer_claims, maps, indices):
+        """Keeps the strongest claims of a layer -> bool (B, K-1): where a concept wins a patch."""
+        winners = maps.argmax(1)  # (B, h, w)
+        first, second = maps.topk(2, dim=1).values.unbind(1)
+        wins = torch.zeros(len(maps), len(layer_claims), dtype=torch.bool)
+        for k, claims in enumerate(layer_claims):
+            won = winners == k
+            wins[:, k] = won.flatten(1).any(1)
+            strength = (maps[:, k] * won).sum((1, 2))
+            margin = maps[:, k] - torch.where(won, second, first)
+            for i in wins[:, k].nonzero().flatten().tolist():
+                claims.append((strength[i].item(), indices[i].item(), margin[i].clone()))
+            claims.sort(key=lambda claim: -claim[0])
+            del claims[9:]
+        return wins
+
+    def colours(self):
+        return concept_colours(self.prototypes, [groups.argmax(1).tolist() for groups in self.groups])
+
+    def picture(self, index):
+        """-> pixels (3, S, S) uint8 and key points (M, 3)."""
+        image, _, points, _ = self.images[index]
+        return data.denormalize(image), points
+
+    # ---- 3. Drawn afterwards ----------------------------------------------------------------------
+    def strip(self, indices):
+        """A row for each image: its key points, then the regions of every layer."""
+        pictures = []
+        for index in indices:
+            pictures += panels(*self.picture(index), self.examples[index][0], self.colours())
+        return to_image(pictures, 1 + len(self.prototypes))
+
+    def sheet(self, claims):
+        """Nine images, pale but for the concept's region."""
+        tiles = []
+        for _, index, margin in claims:
+            picture, _ = self.picture(index)
+            region = upsample(margin[None], picture.shape[2]) > 0
+            pale = 0.3 * picture.float().mean(0) + 150
+            tiles.append(torch.where(region, picture, pale.to(torch.uint8)))
+        blank = torch.full_like(tiles[0], 255)
+        return to_image(tiles + [blank] * (9 - len(tiles)), 3)
+
+    def write(self, folder, metrics, log):
+        """folder/index.html and folder/pictures. metrics: evaluate's dict; log: a log.jsonl."""
+        pictures = folder / "pictures"
+        pictures.mkdir(parents=True, exist_ok=True)
+        for index in self.examples:
+            self.strip([index]).save(pictures / f"image_{index}.jpg", quality=88)
+        for l, layer_claims in enumerate(self.claims, start=1):
+            for k, claims in enumerate(layer_claims, start=1):
+                if claims:
+                    self.sheet(claims).save(pictures / f"concept_{l}_{k}.jpg", quality=88)
+        sections = dict(
+            Numbers=f"<pre>{html.escape(evaluate.table(metrics))}</pre>",
+            Regions=self.regions_section(),
+            Concepts=self.concepts_section(metrics["layers"]),
+            Hierarchy=self.hierarchy_section(),
+            Training=curves_section(log))
+        links = "".join(f"<a href='#{title}'>{title}</a> " for title in sections)
+        body = "".join(f"<h2 id={title}>{title}</h2>{text}" for title, text in sections.items())
+        (folder / "index.html").write_text(PAGE.format(links=links, body=body), encoding="utf-8")
+
+    def regions_section(self):
+        names = [re.sub(r"^\d+\.", "", name).replace("_", " ") for name in self.images.classes]
+        text = REGIONS + "<div class=legend><b>image</b>"
+        for l, colours in enumerate(self.colours(), start=1):
+            chips = "".join(chip(k, colour) for k, colour in enumerate(colours, start=1))
+            text += f"<div><b>layer {l}</b><br>{chips}</div>"
+        text += "</div>"
+        for index, (_, guess, probability) in sorted(self.examples.items()):
+            truth = self.images.labels[index].item()
+            _, points = self.picture(index)
+            order = points[:, 0].argsort().tolist()
+            seen = ", ".join(self.images.parts[m] for m in order if points[m, 2] > 0)
+            text += EXAMPLE.format(
+                index=index, points=html.escape(seen), guess=html.escape(names[guess]),
+                percent=100 * probability, truth=html.escape(names[truth]),
+                look="right" if guess == truth else "wrong")
+        return text
+
+    def concepts_section(self, layers):
+        text = CONCEPTS
+        for l, (layer, colours) in enumerate(zip(layers, self.colours())):
+            text += f"<h3>Layer {l + 1}</h3><div class=cards>"
+            for k, colour in enumerate(colours):
+                if not self.claims[l][k]:
+                    text += f"<div>{chip(k + 1, colour)} never wins a patch</div>"
+                    continue
+                parts = layer["parts_hit"][k] if layer["parts_hit"] else []
+                parts = ", ".join(f"{part} {share:.0f} %" for part, share in parts)
+                text += CARD.format(
+                    l=l + 1, k=k + 1, chip=chip(k + 1, colour), parts=html.escape(parts),
+                    share=100 * layer["wins"][k] / sum(layer["wins"]),
+                    spread=layer["peak_spreads"][k])
+            text += "</div>"
+        return text
+
+    def hierarchy_section(self):
+        """A table: a row for each coarse concept, the fine concepts that join it most, by layer."""
+        if not self.groups:
+            return "<p>This model groups nothing: no hierarchy.</p>"
+        text = HIERARCHY
+        colours = self.colours()
+        for g, colour in enumerate(colours[-1]):
+            text += "<tr><td>" + FIRST.format(l=len(colours), k=g + 1, chip=chip(g + 1, colour), note="")
+            for l, groups in enumerate(self.groups):
+                text += "<td>"
+                shares = groups / groups.sum(1, keepdim=True)  # NaN where a concept never wins
+                for k in (shares.argmax(1) == g).nonzero().flatten().tolist():
+                    if self.claims[l][k]:
+                        text += FIRST.format(l=l + 1, k=k + 1, chip=chip(k + 1, colours[l][k]),
+                                             note=f"{100 * shares[k, g]:.0f} %")
+        return text + "</table>"
+
+
+def chip(number, colour):
+    return f"<i style='background:rgb{colour}'>{number}</i>"
+
+
+def curves_section(log):
+    """Small multiples of every number in log.jsonl, as SVG."""
+    curves = {}
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # a line that a kill cut off
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                curves.setdefault(name, []).append(value)
+    text = "<div class=cards>"
+    for name, values in curves.items():
+        low, high = min(values), max(values)
+        points = ""
+        for i, value in enumerate(values):
+            x = 5 + 190 * i / max(1, len(values) - 1)
+            y = 75 - 65 * (value - low) / ((high - low) or 1)
+            points += f"{x:.1f},{y:.1f} "
+        text += CURVE.format(name=html.escape(name), last=values[-1], points=points, low=low,
+                             high=high, count=len(values))
+    return text + "</div>"
+
+
+PAGE = """<!doctype html><meta charset=utf-8><title>IVPT</title><style>
+body {{ font: 15px/1.5 sans-serif; color: #222; max-width: 1180px; margin: auto; padding: 9px }}
+figure {{ margin: 0 0 14px }} img {{ display: block; width: 100% }} pre {{ overflow-x: auto }}
+i {{ display: inline-block; min-width: 20px; margin: 1px; border-radius: 3px; text-align: center;
+    color: white; font: 12px/18px sans-serif }} td {{ border-top: 1px solid #ddd }}
+.right {{ color: #17663a }} .wrong {{ color: #a32020 }} polyline {{ fill: none; stroke: #2563a8 }}
+.legend {{ position: sticky; top: 0; background: white; padding: 6px 0; display: grid; gap: 5px;
+          grid-auto-flow: column; grid-auto-columns: 1fr }} text {{ font-size: 11px }}
+.cards {{ display: grid; gap: 20px; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)) }}
+.first {{ display: inline-block; width: 76px; margin: 3px; font-size: 12px }}
+.first div {{ height: 76px; background-size: 300% }}
+</style><h1>What each concept sees</h1>{links}{body}
+"""
+REGIONS = """<p>The image with its key points, then the regions of every layer. A point belongs to the
+concept that claims it most; pale is background. Each concept of the last layer has a hue, and a fine
+concept is a shade of the one that it joins most. Where a model groups nothing, colours start afresh
+in every layer. Rest the pointer on a row to read the names of its key points.</p>"""
+EXAMPLE = """<figure><img src='pictures/image_{index}.jpg' alt='' title='From left to right: {points}'>
+image {index}: predicted <b>{guess}</b> ({percent:.0f} %),
+<span class={look}>truly {truth}</span></figure>"""
+CONCEPTS = """<p>The nine images in which each concept claims most, and its region there. Below, the
+three parts that it hits in most images, each with the share of the images that show it. The metrics
+count a hit within 36 of 224 pixels of the peak of the concept's map, whatever its region. A small
+spread of the peaks means one fixed spot. Where every class has prototypes of its own, concept 1 is
+the first of the image's class.</p>"""
+CARD = """<figure><img src='pictures/concept_{l}_{k}.jpg' alt=''>{chip} {parts}<br>
+<small>{share:.3g} % of patches, peak spread {spread:.0f} px</small></figure>"""
+HIERARCHY = """<p>Each concept of the last layer, then in every layer the fine concepts that join it
+more than another. In percent: the mean grouping over images where the fine concept wins a patch.</p>
+<table>"""
+FIRST = """<div class=first><div style='background-image:url(pictures/concept_{l}_{k}.jpg)'></div>
+{chip} {note}</div>"""
+CURVE = """<figure>{name} <b>{last:.4g}</b><svg viewBox='0 0 200 96'><polyline points='{points}'/>
+<text x='5' y='92'>{low:.3g} to {high:.3g}, {count} epochs</text></svg></figure>"""
+
+
+# ---- 4. Some rows of it, for README.md ------------------------------------------------------------
+@torch.inference_mode()
+def main(argv=None):
+    parser = data.one_line_parser(description="Draw the regions of all layers in some test images.")
+    parser.add_argument("--ckpt", required=True, help="last.pt of a run")
+    parser.add_argument("--strip", required=True, metavar="FILE", help="the picture to write")
+    parser.add_argument("--images", type=int, nargs="+", default=[0, 1, 2], metavar="N",
+                        help="numbers of the test images, as in the gallery")
+    args = parser.parse_args(argv)
+    model, checkpoint = evaluate.load_run(args.ckpt)
+    images = evaluate.load_images(checkpoint)
+    if not 0 <= min(args.images) <= max(args.images) < len(images):
+        raise ValueError(f"--images {args.images}: expected numbers from 0 to {len(images) - 1}")
+    gallery = Gallery(model, images, args.images)
+    amp = checkpoint["options"]["amp"]
+    for batch, _, _, indices in tqdm(DataLoader(images, 32), leave=False, disable=None):
+        gallery.add(evaluate.forward(model, batch, amp=amp), indices)  # all images, for the groups
+    gallery.strip(args.images).save(args.strip, quality=88)
+
+
+if __name__ == "__main__":
+    data.run_script(main)

@@ -1,0 +1,181 @@
+"""What the gallery and the explanation of an image show, on small inputs."""
+import colorsys
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import evaluate
+import model as ivpt
+from explore import explain, gallery
+
+
+class FakeImages(torch.utils.data.Dataset):
+    """Grey images of two classes whose names need care in HTML; part 2 lies left of part 1."""
+    classes, parts, folder = ["001.Black_<b>bird", "002.Tit"], ["beak & eye", "tail"], Path("birds")
+
+    def __init__(self, n=12):
+        self.labels = torch.arange(n) % 2
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        image = data.normalize(torch.full((3, 56, 56), 200, dtype=torch.uint8))
+        points = torch.tensor([[40., 20., 1.], [10., 20., 1.]])
+        return image, int(self.labels[index]), points, index
+
+
+class FakeModel(torch.nn.Module):
+    """Concept k wins the rows of patches 2 k and 2 k + 1; maps and classes depend on the image."""
+    grid, prototypes, num_classes, class_specific, grouped = (8, 8), (4, 3), 2, False, True
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, images, labels=None):
+        generator = torch.Generator().manual_seed(0)
+        B = len(images)
+        attention = []
+        for K in self.prototypes:
+            maps = torch.rand(B, K, 8, 8, generator=generator)
+            for k in range(K):
+                maps[:, k, 2 * k:2 * k + 2] += 2
+            attention.append((maps / maps.sum(1, keepdim=True)).float())
+        groups = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]]).expand(B, 3, 2)  # parents 0, 1, 1
+        votes = torch.tensor([[3.0, 1.0], [0.5, 1.5]]).expand(B, 2, 2) * self.weight
+        logits = votes.mean(1)
+        if self.class_specific:
+            logits = logits + torch.tensor([0.25, 0.0])  # what prototypes of other classes add
+        return ivpt.Output(logits, votes, attention, [groups] if self.grouped else [], [], None)
+
+
+def hue(colour):
+    return colorsys.rgb_to_hls(*(value / 255 for value in colour))[0]
+
+
+def test_a_fine_concept_is_a_shade_of_its_coarse_concept():
+    parents = [[0, 2, 2, 1], [1, 1, 0]]
+    *fine, coarse = gallery.concept_colours((5, 4, 4), parents)
+    assert len({round(hue(colour), 2) for colour in coarse}) == 3
+    for colours, layer in zip(fine, parents):
+        for colour, parent in zip(colours, layer):
+            difference = abs(hue(colour) - hue(coarse[parent]))
+            assert min(difference, 1 - difference) < 0.02  # of rounding to bytes
+        assert len(set(colours)) == len(colours)
+    alone = gallery.concept_colours((5, 5), [])  # nothing is grouped: a hue for every concept
+    assert alone[0] == alone[1] and len({round(hue(colour), 2) for colour in alone[0]}) == 4
+
+
+def test_regions_are_upsampled_before_the_argmax():
+    maps = torch.eye(4).view(2, 2, 4).permute(2, 0, 1)  # concepts in three quarters, background below right
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    picture = torch.full((3, 64, 64), 100, dtype=torch.uint8)
+    painted = gallery.paint_regions(picture, maps, colours)
+    for (y, x), colour in (((8, 8), colours[0]), ((8, 56), colours[1]), ((56, 8), colours[2]),
+                           ((56, 56), (255, 255, 255))):
+        expected = 0.4 * 100 + 0.6 * torch.tensor(colour)
+        assert (painted[:, y, x] - expected).abs().max() <= 1
+    maps = torch.tensor([[[2.0, 0.4], [0.4, 0.4]], [[0.0, 1.0], [1.0, 1.0]]])
+    winners = gallery.paint_regions(picture, maps, colours[:1])[0] == 40 + 153
+    rows = winners.sum(1)[winners.any(1)].tolist()
+    assert len(set(rows)) > 5  # no square of 32 x 32: a smooth border
+
+
+def test_the_gallery_keeps_the_nine_strongest_claims():
+    n, generator = 40, torch.Generator().manual_seed(1)
+    model = FakeModel()
+    attention = [torch.randn(n, K, 8, 8, generator=generator).mul(3).softmax(1) for K in (4, 3)]
+    attention[0][5:, 2] = 0  # the third concept wins in five images at most
+    groups = torch.rand(n, 3, 2, generator=generator).softmax(2)
+    pages = gallery.Gallery(model, FakeImages(n))
+    for part in torch.arange(n).split(7):
+        maps = [a[part] for a in attention]
+        pages.add(ivpt.Output(torch.randn(len(part), 2), None, maps, [groups[part]], [], None), part)
+    for l, maps in enumerate(attention):
+        for k in range(maps.shape[1] - 1):
+            won = maps.argmax(1) == k
+            strength = (maps[:, k] * won).sum((1, 2))
+            order = strength.sort(descending=True, stable=True)[1][:9]
+            order = [i for i in order.tolist() if won[i].any()]
+            assert [index for _, index, _ in pages.claims[l][k]] == order
+            for _, index, margin in pages.claims[l][k]:
+                assert torch.equal(margin > 0, won[index])
+            if l == 0:  # images where a concept wins nothing do not count
+                torch.testing.assert_close(pages.groups[0][k], groups[won.any(2).any(1), k].sum(0))
+    assert len(pages.claims[0][2]) <= 5 and len(pages.examples) == 24
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_the_pages(tmp_path, grouped):
+    model, images = FakeModel(), FakeImages()
+    model.grouped = grouped
+    pages = gallery.Gallery(model, images)
+    for batch, _, _, indices in torch.utils.data.DataLoader(images, 5):
+        pages.add(evaluate.forward(model, batch), indices)
+    layers = []
+    for K in model.prototypes:
+        layer = dict.fromkeys((name for _, name, _ in evaluate.COLUMNS), 7)
+        layer |= dict(wins=[10] * K, peak_spreads=[31.0] * (K - 1))
+        layer["parts_hit"] = [[["beak & eye", 87.4]]] * (K - 1)
+        layers.append(layer)
+    metrics = dict(accuracy=50.0, layers=layers, headline=dict(layer=0), unavailable=None,
+                   protocol=dict(images=12))
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"loss": 3.5}\n{"loss": 2.5, "bad": NaN}\n{"lo')  # the end was cut off
+    pages.write(tmp_path / "a", metrics, log)
+    page = (tmp_path / "a" / "index.html").read_text()
+    links = re.findall(r"(?:src='|url\()([^')]+)", page)
+    assert len(set(links)) == 12 + 3 + 2 and all((tmp_path / "a" / link).is_file() for link in links)
+    assert "Black &lt;b&gt;bird" in page and "<b>bird" not in page
+    assert "title='From left to right: tail, beak &amp; eye'" in page
+    assert "beak &amp; eye 87 %" in page and "31 px" in page and "accuracy 50.0 %" in page
+    assert "2.5 to 3.5, 2 epochs" in page and "bad" not in page
+    assert ("90 %" in page and "80 %" in page) == grouped and ("groups nothing" in page) != grouped
+    assert "http" not in page and "<script" not in page  # one folder, to be looked at offline
+
+
+def test_votes_sum_to_the_margin_of_the_logits():
+    model, image = FakeModel(), FakeImages()[0][0]
+    found = explain.explain(model, image, FakeImages.classes)
+    assert [name for name, _ in found.classes] == FakeImages.classes
+    assert sum(percent for _, percent in found.classes) == pytest.approx(100, abs=1e-3)
+    assert [vote for _, vote, _ in found.votes] == [1.0, -0.5]  # over G = 2
+    model.class_specific = True
+    *_, (name, rest, _) = explain.explain(model, image, FakeImages.classes).votes
+    assert "other classes" in name and rest == pytest.approx(0.25)
+    lines = [line for line, _ in explain.describe(found)]
+    assert lines[0].startswith("1. 001.Black_<b>bird") and "in all +0.50" in lines[2]
+    assert lines[3:] == ["concept 1  +1.00", "concept 2  -0.50"]
+    colours = [colour for _, colour in explain.describe(found)][3:]
+    assert colours == found.colours[-1]  # the votes wear the colours of the regions
+    assert hue(found.colours[0][1]) == pytest.approx(hue(found.colours[1][1]), abs=0.02)
+
+
+def test_the_scripts(tmp_path, monkeypatch, capsys):
+    """Pictures go into the run's folder or --out, never beside the image; --strip draws one row each."""
+    options = dict(image_size=56, amp=False, data="birds", data_root=None, seed=0)
+    run = dict(options=options, classes=FakeImages.classes)
+    monkeypatch.setattr(evaluate, "load_run", lambda *_: (FakeModel(), run))
+    monkeypatch.setattr(evaluate, "load_images", lambda *_: FakeImages())
+    birds = tmp_path / "birds"
+    birds.mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (80, 60), "grey").save(birds / name)
+    (birds / "notes.txt").write_text("no image")
+    ckpt = ["--ckpt", str(tmp_path / "run" / "last.pt")]
+    explain.main([*ckpt, str(birds), str(birds / "a.png")])
+    drawn = sorted(file.name for file in (tmp_path / "run" / "explained").iterdir())
+    assert drawn == ["1_a.png", "2_b.png", "3_a.png"] and len(list(birds.iterdir())) == 3
+    evaluate.main([*ckpt, "--image", str(birds / "b.png")])
+    assert "concept 2  -0.50" in capsys.readouterr().out
+    gallery.main([*ckpt, "--strip", str(tmp_path / "strip.jpg"), "--images", "3", "7"])
+    assert Image.open(tmp_path / "strip.jpg").size == (3 * 61 + 5, 2 * 61 + 5)
+    with pytest.raises(ValueError, match="expected numbers from 0 to 11"):
+        gallery.main([*ckpt, "--strip", str(tmp_path / "strip.jpg"), "--images", "12"])
