@@ -128,8 +128,10 @@ def fill_blanks(args):
         args.recipe = preset["recipe"]
     defaults = RECIPES[args.recipe] | preset | dict(out=f"runs/{Path(args.data).resolve().name}")
     if args.method != "ivpt":
-        from baselines import rates_of
-        defaults |= rates_of(args.method)
+        from baselines import METHODS
+        if args.method not in METHODS:
+            raise ValueError(f"--method {args.method}: expected ivpt, {', '.join(METHODS)}")
+        defaults |= METHODS[args.method].rates
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -314,9 +316,8 @@ def open_run_folder(args):
     return out
 
 
-def open_dataset(args, folder, world):
+def open_dataset(args, folder, split, world):
     """The training images of the run. Raises ValueError where no batch can be made of them."""
-    split = "fit" if args.validate else "train"
     dataset = data.Images(folder, split, "train", args.image_size, args.seed)
     if len(dataset.classes) < 2:
         raise ValueError(f"{folder}: one class only; expected two or more to tell apart")
@@ -384,14 +385,15 @@ def train(args):
     rank, world = evaluate.start_processes(device)
     chief = rank == 0
     folder = data.find(args.data, args.data_root)
-    dataset = open_dataset(args, folder, world)
-    unaugmented = data.Images(folder, dataset.split, "test", args.image_size)
+    split, test_split = ("fit", "val") if args.validate else ("train", "test")
+    dataset = open_dataset(args, folder, split, world)
+    unaugmented = data.Images(folder, split, "test", args.image_size)
     torch.manual_seed(args.seed)
     model = ivpt.build(asdict(args), len(dataset.classes)).to(device)
     if not args.resume:
         if args.weights == "toy" and args.pretrain:
             from prepare.toy_vit import pretrain
-            pretrain(model.backbone, [dataset, unaugmented], args.pretrain, device, args.amp)
+            pretrain(model.backbone, dataset, args.pretrain, device, args.amp)
         if args.start == "kmeans" and args.method == "ivpt":
             ivpt.start_prototypes(model, unaugmented, args.seed)
     optimizer, scheduler = make_optimizer(model, args)
@@ -476,7 +478,7 @@ def train(args):
     recipe = {name: getattr(args, name) for name in evaluate.METHOD}
     metrics = evaluate.evaluate(
         model.eval(), folder, args.image_size, workers=args.workers, amp=args.amp, seed=args.seed,
-        split="val" if args.validate else "test", recipe=recipe)
+        split=test_split, recipe=recipe)
     if chief:
         ivpt.save(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
         print(f"\n{evaluate.table(metrics)}\n")

@@ -10,11 +10,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 
-def pretrain(backbone, dataset, epochs, device, batch_size=16):
-    """Trains all of a VisionTransformer in place, in fp32. Every process does the same.
+def pretrain(backbone, dataset, epochs, device, amp, batch_size=16):
+    """Trains all of a VisionTransformer in place. Every process does the same.
 
-    dataset: data.Images in its training view. The order and the augmentation depend on the
-    dataset's seed alone.
+    dataset: data.Images in its training view; its seed decides order and augmentation.
+    amp: bf16 autocast.
     """
     D, patch = backbone.width, backbone.patch_size
     class_head = nn.Linear(D, len(dataset.classes)).to(device)
@@ -36,11 +36,12 @@ def pretrain(backbone, dataset, epochs, device, batch_size=16):
         dataset.epoch = epoch
         for images, labels, _, _ in loader:
             images, labels = images.to(device), labels.to(device)
-            tokens = backbone(images)  # (B, prefix + N, D)
-            logits = class_head(tokens[:, 0])
-            drawn = pixel_head(tokens[:, backbone.prefix:])  # (B, N, 3 patch^2)
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                tokens = backbone(images)  # (B, prefix + N, D)
+                logits = class_head(tokens[:, 0])
+                drawn = pixel_head(tokens[:, backbone.prefix:])  # (B, N, 3 patch^2)
             pixels = F.unfold(images, patch, stride=patch).transpose(1, 2)
-            loss = F.cross_entropy(logits, labels) + F.mse_loss(drawn, pixels)
+            loss = F.cross_entropy(logits.float(), labels) + F.mse_loss(drawn.float(), pixels)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(backbone.parameters(), 2.0)
