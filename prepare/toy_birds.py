@@ -59,7 +59,7 @@ LIGHT = 0.12  # the brightness varies by so much, either way
 
 PUPIL, CREAM, WOOD = colours("#201e26", "#e2dcd6", "#ccc5ba")
 SKY = colours("#d4dade", "#dadcd8", "#d0d6d6", "#dad6d2")
-LEAVES = colours("#beceb0", "#ccd4b4", "#d6ccaa", "#cebeaa", "#b8c8be", "#ded4b8")
+LEAVES = colours("#beceb0", "#ccd4b4", "#d6ccac", "#cebeaa", "#b8c8be", "#ded4b8")
 
 # A bird looks right, and y points down. Its body is 2 long, with its centre at (0, 0).
 JOINTS = {"body": (0, 0), "head": (0.62, -0.28), "wing": (0.42, -0.12)}
