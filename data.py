@@ -162,7 +162,7 @@ def read_image(path, upright=False):
     """
     try:
         with Image.open(path) as file:
-            file.load()  # before its size is used: Pillow turns a TIFF here
+            file.load()  # before its size is used: Pillow may turn a TIFF here
             image = ImageOps.exif_transpose(file) if upright else file
             if image.mode.startswith(("I", "F")):  # 16 bits or floats
                 image = to_8_bits(image)
@@ -263,7 +263,9 @@ class Images(torch.utils.data.Dataset):
         self.augment = v2.Compose([
             v2.Resize(image_size),
             v2.RandomHorizontalFlip(),
-            v2.RandomAffine(90, (0.2, 0.2), (0.8, 1.2), interpolation=bilinear),
+            v2.RandomAffine(
+                degrees=90, translate=(0.2, 0.2), scale=(0.8, 1.2), interpolation=bilinear
+            ),
             v2.RandomCrop(image_size),
         ])
 
@@ -280,7 +282,7 @@ class Images(torch.utils.data.Dataset):
         """The item of an image that read() returned. evaluate.py makes two views of each."""
         S = self.image_size
         keypoints = self.keypoints[index].double().numpy()  # (M, 3), a copy
-        x, y, visible = keypoints.T  # parts of it: what is written to them is written to it
+        x, y, visible = keypoints.T  # views of it: what changes them changes it
         if self.view == "train":
             # A function of (seed, epoch, index): the number of workers has no effect.
             sequence = np.random.SeedSequence((self.seed, self.epoch, index))

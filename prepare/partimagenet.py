@@ -46,60 +46,65 @@ def annotation_moments(annotation):
             moments += polygon_moments(polygon)
     if moments[0] < 1e-3:
         x, y, width, height = annotation["bbox"]
-        moments = width * height * np.array((1, x + width / 2, y + height / 2))
+        area = width * height
+        moments = np.array((area, area * (x + width / 2), area * (y + height / 2)))
     return moments
 
 
-def enclosing_box(corners):
-    """x, y, width, height around rows of x0, y0, x1, y1; None where there is no row or no area."""
-    if not corners:
-        return None
-    x0, y0 = np.min(corners, axis=0)[:2]
-    x1, y1 = np.max(corners, axis=0)[2:]
-    return (x0, y0, x1 - x0, y1 - y0) if x1 > x0 and y1 > y0 else None
+def convert_image(image, annotations, part_of):
+    """Name, class, box and key points of one image, from its rows in COCO's format."""
+    moments = np.zeros((len(part_of), 3))
+    corners = []
+    for annotation in annotations:
+        part = part_of[annotation["category_id"]]
+        moments[part] += annotation_moments(annotation)
+        x, y, width, height = annotation["bbox"]
+        corners.append((x, y, x + width, y + height))
+    points = []
+    for part, (area, moment_x, moment_y) in enumerate(moments):
+        if area > 0:
+            points.append((part, moment_x / area, moment_y / area, 1))
+    box = None
+    if corners:
+        x0, y0 = np.min(corners, axis=0)[:2]
+        x1, y1 = np.max(corners, axis=0)[2:]
+        box = (x0, y0, x1 - x0, y1 - y0)
+    name = image["file_name"].replace("\\", "/").split("/")[-1]
+    class_name = name.split("_")[0]
+    return dict(name=name, class_name=class_name, box=box, points=points)
 
 
-def read_annotations(content):
+def convert_annotations(content):
     """What a JSON in COCO's format holds: names of the parts, images, number of crowds."""
-    part_of = {category["id"]: part for part, category in enumerate(content["categories"])}
     parts = [category["name"] for category in content["categories"]]
-    moments = {image["id"]: np.zeros((len(parts), 3)) for image in content["images"]}
-    corners = {image["id"]: [] for image in content["images"]}
+    part_of = {category["id"]: part for part, category in enumerate(content["categories"])}
+    annotations = {image["id"]: [] for image in content["images"]}
     num_crowds = 0
     for annotation in content["annotations"]:
         if annotation.get("iscrowd"):
             num_crowds += 1
-            continue
-        image_id = annotation["image_id"]
-        part = part_of[annotation["category_id"]]
-        moments[image_id][part] += annotation_moments(annotation)
-        x, y, width, height = annotation["bbox"]
-        corners[image_id].append((x, y, x + width, y + height))
+        else:
+            annotations[annotation["image_id"]].append(annotation)
     images = []
     for image in content["images"]:
-        name = image["file_name"].replace("\\", "/").split("/")[-1]
-        points = []
-        for part, (area, moment_x, moment_y) in enumerate(moments[image["id"]]):
-            if area > 0:
-                points.append((part, moment_x / area, moment_y / area, 1))
-        box = enclosing_box(corners[image["id"]])
-        images.append(dict(name=name, class_name=name.split("_")[0], box=box, points=points))
+        images.append(convert_image(image, annotations[image["id"]], part_of))
     return parts, images, num_crowds
 
 
 def read_split(source, split):
-    """read_annotations of one split, with the path and the split of each image."""
+    """convert_annotations of one split, with the file of each image."""
     path = source / "annotations" / split / f"{split}.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; expected {RELEASE}, unpacked")
     try:
-        parts, images, num_crowds = read_annotations(json.loads(path.read_bytes()))
+        content = json.loads(path.read_bytes())
+        parts, images, num_crowds = convert_annotations(content)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not the annotations of {RELEASE} ({error!r})") from None
     for image in images:
-        image["train"] = split == "train"
-        image["file"] = f"{image['class_name']}/{image['name']}"
         image["source"] = (source / "images" / split / image["name"]).resolve()
+        image["file"] = f"{image['class_name']}/{image['name']}"
+        image["train"] = split == "train"
         if not image["source"].is_file():
             raise FileNotFoundError(f"{image['source']} is missing, though {path} names it")
     return parts, images, num_crowds
@@ -130,8 +135,8 @@ def main():
     classes = sorted({image["class_name"] for image in train_images})
     unknown = sorted({image["class_name"] for image in test_images} - set(classes))
     if unknown or parts != test_parts:
-        what = f"class {unknown[0]} of the split test" if unknown else "the list of parts"
-        raise ValueError(f"{args.source}: {what} is another in train; expected {RELEASE}")
+        differ = f"test has other classes {unknown[:1]} or parts than train"
+        raise ValueError(f"{args.source}: {differ}; expected {RELEASE}")
 
     images = train_images + test_images
     with layout.new_folder(args.target) as folder:
@@ -139,16 +144,12 @@ def main():
             image["label"] = classes.index(image["class_name"])
             place_image(image["source"], folder / "images" / image["file"], args.copy)
         layout.write_lists(folder, classes, parts, images)
-        for split, expected in (("train", train_images), ("test", test_images)):
-            written = data.Images(folder, split, "box", data.FRAME)
-            num_points = sum(len(image["points"]) for image in expected)
-            assert len(written) == len(expected) and written.classes == classes
-            assert written.keypoints[..., 2].sum() == num_points
-    counts = f"{len(train_images)} training and {len(test_images)} test images"
-    print(f"{args.target}: {counts}, {len(classes)} classes, {len(parts)} parts")
+        layout.check(folder, images)
     num_bare = sum(image["box"] is None for image in images)
+    num_crowds = train_crowds + test_crowds
+    print(f"{args.target}: {len(classes)} classes, {len(parts)} parts")
     print(f"{num_bare} images have no part: their box is the whole image")
-    print(f"skipped: the split val, and {train_crowds + test_crowds} annotations of crowds")
+    print(f"skipped: the split val, and {num_crowds} annotations of crowds")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def run(monkeypatch, script, *arguments):
     script.main()
 
 
-# ---- the toy birds --------------------------------------------------------------------------------
+# ---- the toy birds -------------------------------------------------------------------------------
 def test_no_part_gives_a_species_away():
     codes = np.array([[int(digit) for digit in code] for code in toy_birds.SPECIES.values()])
     assert codes.shape == (10, len(toy_birds.LOOKS)) == (10, 8)
@@ -101,7 +101,7 @@ def test_a_failing_script_leaves_nothing_and_a_second_one_takes_the_folder_of_th
     assert len(list(tmp_path.iterdir())) == 1
 
 
-# ---- PartImageNet ---------------------------------------------------------------------------------
+# ---- PartImageNet --------------------------------------------------------------------------------
 def rectangle(x, y, width, height, backwards=False):
     corners = [(x, y), (x + width, y), (x + width, y + height), (x, y + height)]
     if backwards:
@@ -111,7 +111,8 @@ def rectangle(x, y, width, height, backwards=False):
 
 def write_release(folder):
     """Two synsets; each image has a head of two pieces and a body bent as an L, but no tail."""
-    categories = [dict(id=9, name="Bird Tail"), dict(id=7, name="Bird Head"), dict(id=5, name="Bird Body")]
+    names = ((9, "Bird Tail"), (7, "Bird Head"), (5, "Bird Body"))
+    categories = [dict(id=key, name=name) for key, name in names]
     pieces = [rectangle(20, 4, 4, 5), rectangle(25, 4, 4, 2, backwards=True)]
     body = [8, 18, 28, 18, 28, 22, 14, 22, 14, 34, 8, 34]
     for split, count in (("train", 3), ("test", 2)):
@@ -122,11 +123,13 @@ def write_release(folder):
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (60, 48)).save(file)
             images.append(dict(id=key, file_name=file.name))
-            for part, box, polygons in ((7, [20, 4, 9, 5], pieces), (5, [8, 18, 20, 16], [body])):
-                annotations.append(dict(image_id=key, category_id=part, segmentation=polygons, bbox=box))
+            head = dict(category_id=7, segmentation=pieces, bbox=[20, 4, 9, 5])
+            torso = dict(category_id=5, segmentation=[body], bbox=[8, 18, 20, 16])
+            annotations += [dict(part, image_id=key) for part in (head, torso)]
         path = folder / "annotations" / split / f"{split}.json"
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)))
+        content = dict(images=images, annotations=annotations, categories=categories)
+        path.write_text(json.dumps(content))
     return folder
 
 
@@ -141,12 +144,13 @@ def change_test_json(folder, change):
 def test_partimagenet_becomes_a_cub_folder(tmp_path, monkeypatch, capsys, copy):
     source = write_release(tmp_path / "release")
     run(monkeypatch, partimagenet, source, tmp_path / "new", *["--copy"] * copy)
-    assert "6 training and 4 test images, 2 classes, 3 parts" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "train: 6 images, 12 key points" in out and "new: 2 classes, 3 parts" in out
     test = data.Images(tmp_path / "new", "test", "box", 32)
     assert test.classes == ["n01", "n02"] and test.labels.tolist() == [1, 0, 1, 0]
     assert test.parts == ["Bird Tail", "Bird Head", "Bird Body"]
     assert test.files[0].samefile(source / "images/test/n02_0test.JPEG") != copy
-    # Head: 20 pixels around (22, 6.5) and 8 around (27, 5). Body: 80 around (18, 20), 72 around (11, 28).
+    # Head: 20 pixels around (22, 6.5), 8 around (27, 5). Body: 80 around (18, 20), 72 around (11, 28).
     head = [(20 * 22 + 8 * 27) / 28, (20 * 6.5 + 8 * 5) / 28, 1]
     body = [(80 * 18 + 72 * 11) / 152, (80 * 20 + 72 * 28) / 152, 1]
     for keypoints, box in zip(test.keypoints, test.boxes):
@@ -162,7 +166,7 @@ def test_partimagenet_with_its_oddities(tmp_path, monkeypatch, capsys):
 
     def change(content):
         key = content["images"][0]["id"]
-        content["images"][0]["file_name"] = "n02\\" + content["images"][0]["file_name"]  # of Windows
+        content["images"][0]["file_name"] = r"n02\n02_0test.JPEG"  # a path of Windows
         points, code = [[1.0, 2.0], [3.0, 4.0, 5.0, 6.0]], dict(counts="0", size=[48, 60])
         content["annotations"] = [
             dict(image_id=key, category_id=9, segmentation=points, bbox=[2, 4, 10, 6]),
@@ -180,14 +184,18 @@ def test_partimagenet_with_its_oddities(tmp_path, monkeypatch, capsys):
     assert test.boxes[1].isinf().any() and not test.keypoints[1].any()
 
 
+def rename_class(folder):
+    (folder / "images/test/n01_0test.JPEG").rename(folder / "images/test/n03_1.JPEG")
+    change_test_json(folder, lambda content: content["images"][1].update(file_name="n03_1.JPEG"))
+
+
 @pytest.mark.parametrize("damage, words", [
-    (lambda f: (f / "annotations/test/test.json").unlink(), "test.json is missing; expected PartImageNet_Seg"),
+    (lambda f: (f / "annotations/test/test.json").unlink(), "test.json is missing; expected PartIm"),
     (lambda f: (f / "annotations/test/test.json").write_text("{"), "test.json: not the annotations"),
     (lambda f: (f / "images/test/n01_0test.JPEG").unlink(), "n01_0test.JPEG is missing"),
-    (lambda f: change_test_json(f, lambda c: c["annotations"][0].update(image_id=99)), "KeyError(99)"),
-    (lambda f: change_test_json(f, lambda c: c["categories"].pop(0)), "the list of parts"),
-    (lambda f: [(f / "images/test/n01_0test.JPEG").rename(f / "images/test/n03_1.JPEG"), change_test_json(
-        f, lambda c: c["images"][1].update(file_name="n03_1.JPEG"))], "class n03"),
+    (lambda f: change_test_json(f, lambda c: c["annotations"][0].update(image_id=9)), "KeyError(9)"),
+    (lambda f: change_test_json(f, lambda c: c["categories"].pop(0)), "or parts than train"),
+    (rename_class, "other classes ['n03']"),
 ])
 def test_partimagenet_another_release_is_one_line(tmp_path, monkeypatch, damage, words):
     source = write_release(tmp_path / "release")
