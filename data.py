@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as T
@@ -75,10 +75,9 @@ def find_reader(folder):
     missing = [name for name in CUB_LISTS if not (folder / name).is_file()]
     if not missing:
         return read_cub
-    if class_folders(folder / "train"):
+    if (folder / "train").is_dir():
         return read_class_folders
-    lists = ", ".join(missing)
-    raise FileNotFoundError(f"{folder}: neither {lists} (CUB's layout) nor train/CLASS/ is there")
+    raise FileNotFoundError(f"{folder} has neither {', '.join(missing)} nor train/CLASS/IMAGE")
 
 
 # ---- 2. The two layouts --------------------------------------------------------------------------
@@ -134,32 +133,24 @@ def read_cub(folder):
     return classes, list(part_names.values()), files, labels, for_training, boxes, keypoints
 
 
-def class_folders(folder):
-    """The names of the folders in a folder, without hidden ones such as .ipynb_checkpoints."""
-    if not folder.is_dir():
-        return []
-    names = [path.name for path in folder.iterdir() if path.is_dir()]
-    return sorted(name for name in names if not name.startswith("."))
-
-
 def read_class_folders(folder):
-    """train/CLASS/IMAGE and test/CLASS/IMAGE. test/ may lack classes. No parts, no boxes."""
-    test = folder / "test" if class_folders(folder / "test") else folder / "val"
-    classes = class_folders(folder / "train")
-    class_to_label = {name: label for label, name in enumerate(classes)}
-    unknown = sorted(set(class_folders(test)) - set(classes))
-    if unknown:
-        raise ValueError(f"{test / unknown[0]}: there is no such class in train/")
+    """train/CLASS/IMAGE and test/CLASS/IMAGE, or val/. test/ may lack classes. No parts, no boxes."""
+    test = folder / "test"
+    if not any(path.is_dir() for path in test.glob("*")):
+        test = folder / "val"
+    classes, class_to_label = find_classes(folder / "train")
+    for name in find_classes(test)[0]:
+        if name not in classes:
+            raise ValueError(f"{test / name}: there is no such class in train/")
     train_samples = make_dataset(folder / "train", class_to_label, IMG_EXTENSIONS)
     test_samples = make_dataset(test, class_to_label, IMG_EXTENSIONS, allow_empty=True)
-    if not test_samples:
-        raise FileNotFoundError(f"{folder}: no images in test/CLASS/ or val/CLASS/")
     samples = train_samples + test_samples
     files = [Path(file) for file, _ in samples]
     labels = [label for _, label in samples]
     for_training = [True] * len(train_samples) + [False] * len(test_samples)
     boxes = np.tile(WHOLE_IMAGE, (len(files), 1))
-    return classes, [], files, labels, for_training, boxes, np.zeros((len(files), 0, 3))
+    keypoints = np.zeros((len(files), 0, 3))
+    return classes, [], files, labels, for_training, boxes, keypoints
 
 
 # ---- 3. From a file to a tensor ------------------------------------------------------------------
@@ -171,6 +162,7 @@ def read_image(path, upright=False):
     """
     try:
         with Image.open(path) as file:
+            file.load()  # before its size is used: Pillow may turn a TIFF here
             image = ImageOps.exif_transpose(file) if upright else file
             if image.mode.startswith(("I", "F")):  # 16 bits or floats
                 image = to_8_bits(image)
@@ -199,15 +191,15 @@ def test_view(image, S):
 
 def test_points(points, size, S):
     """Where the test view shows points, an array (n, 2), of an image of size (width, height)."""
-    width, height = size
-    short = min(size)
-    resized = np.array((S * width // short, S * height // short))
-    return points * resized / size - np.round((resized - S) / 2)
+    resized = S * np.array(size) // min(size)
+    corner = np.round((resized - S) / 2)  # of the crop
+    return points * resized / size - corner
 
 
 def to_tensor(image):
     """A PIL image -> (3, H, W) float32, normalised."""
-    return normalize(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())
+    pixels = torch.from_numpy(np.array(image))  # (H, W, 3) uint8
+    return normalize(pixels.permute(2, 0, 1).contiguous())
 
 
 def normalize(image):
@@ -216,7 +208,9 @@ def normalize(image):
     if not image.is_floating_point():
         scale = 255
         image = image.float()
-    return (image - scale * IMAGENET_MEAN.to(image)) / (scale * IMAGENET_STD.to(image))
+    mean = scale * IMAGENET_MEAN.to(image)
+    std = scale * IMAGENET_STD.to(image)
+    return (image - mean) / std
 
 
 def denormalize(image):
@@ -269,7 +263,9 @@ class Images(torch.utils.data.Dataset):
         self.augment = v2.Compose([
             v2.Resize(image_size),
             v2.RandomHorizontalFlip(),
-            v2.RandomAffine(90, (0.2, 0.2), (0.8, 1.2), interpolation=bilinear),
+            v2.RandomAffine(
+                degrees=90, translate=(0.2, 0.2), scale=(0.8, 1.2), interpolation=bilinear
+            ),
             v2.RandomCrop(image_size),
         ])
 
@@ -285,8 +281,8 @@ class Images(torch.utils.data.Dataset):
     def item(self, index, image):
         """The item of an image that read() returned. evaluate.py makes two views of each."""
         S = self.image_size
-        points = self.keypoints[index].double().numpy()  # (M, 3), a copy
-        x, y, visible = points.T  # views of it
+        keypoints = self.keypoints[index].double().numpy()  # (M, 3), a copy
+        x, y, visible = keypoints.T  # views of it: what changes them changes it
         if self.view == "train":
             # A function of (seed, epoch, index): the number of workers has no effect.
             sequence = np.random.SeedSequence((self.seed, self.epoch, index))
@@ -295,7 +291,7 @@ class Images(torch.utils.data.Dataset):
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds GPUs, too
                 image = self.augment(image)
         elif self.view == "test":
-            points[:, :2] = test_points(points[:, :2], image.size, S)
+            keypoints[:, :2] = test_points(keypoints[:, :2], image.size, S)
             visible *= (x >= 0) & (x < S) & (y >= 0) & (y < S)
             image = test_view(image, S)
         else:
@@ -306,7 +302,8 @@ class Images(torch.utils.data.Dataset):
             y[:] = np.trunc(FRAME * (y - y0) / (y1 - y0))
             image = image.crop((x0, y0, x1, y1))  # black beyond the image
             image = image.resize((S, S), Image.Resampling.BILINEAR)
-        return to_tensor(image), int(self.labels[index]), torch.from_numpy(points).float(), index
+        keypoints = torch.from_numpy(keypoints).float()
+        return to_tensor(image), int(self.labels[index]), keypoints, index
 
 
 # ---- 4. The affine view of the equivariance loss -------------------------------------------------
@@ -360,7 +357,8 @@ def run_script(main):
         line = f"{str(error).splitlines()[0]} Try a smaller --batch-size or --image-size."
     except (ValueError, OSError) as error:
         # From a worker of a DataLoader, the text is a traceback: its last line is the message.
-        line = str(error).strip().split("\n")[-1].removeprefix(f"{type(error).__name__}: ")
+        line = str(error).strip().split("\n")[-1]
+        line = line.removeprefix(f"{type(error).__name__}: ")
     print(f"error: {line}", file=sys.stderr)
     sys.exit(2)
 
@@ -377,13 +375,13 @@ def main():
         images = Images(folder, split, "test", FRAME)
         num_classes = len(images.labels.unique())
         num_boxes = int(images.boxes[:, 2].isfinite().sum())
-        print(f"{split:6}{len(images)} images of {num_classes} classes, {num_boxes} with a box")
+        print(f"{split}: {len(images)} images of {num_classes} classes, {num_boxes} with a box")
         split_folder = images.files[0].parent.parent  # of train/CLASS/IMAGE
-        all_files = [path for path in split_folder.rglob("*") if path.is_file()]
-        skipped = [path for path in all_files if not path.name.lower().endswith(IMG_EXTENSIONS)]
-        for suffix, count in Counter(path.suffix for path in skipped).items():
-            print(f"      {count} files skipped with suffix {suffix or 'none'}")
-    print(f"parts {', '.join(images.parts) or 'none: no consistency, no stability'}")
+        suffixes = Counter(path.suffix for path in split_folder.rglob("*") if path.is_file())
+        for suffix, count in suffixes.items():
+            if suffix.lower() not in IMG_EXTENSIONS:
+                print(f"{split}: {count} files skipped, suffix {suffix or 'none'}")
+    print(f"parts: {', '.join(images.parts) or 'none, so no consistency and no stability'}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """CUB's layout, as the scripts of this folder write it and data.py reads it."""
 import contextlib
+import sys
 import tempfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
 
 
 @contextlib.contextmanager
@@ -51,3 +55,14 @@ def write_rows(path, rows):
         for row in rows:
             fields = [str(field) for field in row]
             file.write(" ".join(fields) + "\n")
+
+
+def check(folder, images):
+    """Read a written folder through data.py, and print what it holds."""
+    for split in ("train", "test"):
+        expected = [image for image in images if image["train"] == (split == "train")]
+        num_points = sum(point[3] for image in expected for point in image["points"])
+        found = data.Images(folder, split, "box", data.FRAME)
+        if len(found) != len(expected) or found.keypoints[..., 2].sum() != num_points:
+            raise ValueError(f"{folder}: what was written does not read back")
+        print(f"{split}: {len(found)} images, {num_points} key points")

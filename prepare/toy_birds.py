@@ -51,7 +51,7 @@ SIDE = 128  # pixels of an image
 ZOOM = 3  # images are drawn so many times as large, then reduced
 LENGTH = (0.70, 0.97)  # the longer side of a bird over the side of the image
 TILT = 60  # degrees, either way
-ANGLES = {"head": (-35, 25), "tail": (-45, 80), "wing": (-15, 100), "leg": (-20, 20)}  # of joints
+ANGLES = {"head": (-35, 25), "tail": (-45, 80), "wing": (-15, 100), "leg": (-20, 20)}  # degrees
 STRETCH = (0.7, 1.2)  # of tail and legs: so the pose moves the body about in its box
 MAX_LEAVES = 14  # behind a bird
 OCCLUDED = 0.35  # share of birds with two leaves in front
@@ -59,7 +59,7 @@ LIGHT = 0.12  # the brightness varies by so much, either way
 
 PUPIL, CREAM, WOOD = colours("#201e26", "#e2dcd6", "#ccc5ba")
 SKY = colours("#d4dade", "#dadcd8", "#d0d6d6", "#dad6d2")
-LEAVES = colours("#beceb0", "#ccd4b4", "#d6ccaa", "#cebeaa", "#b8c8be", "#ded4b8")
+LEAVES = colours("#beceb0", "#ccd4b4", "#d6ccac", "#cebeaa", "#b8c8be", "#ded4b8")
 
 # A bird looks right, and y points down. Its body is 2 long, with its centre at (0, 0).
 JOINTS = {"body": (0, 0), "head": (0.62, -0.28), "wing": (0.42, -0.12)}
@@ -79,7 +79,8 @@ KEYPOINTS = {  # of each part: the joint with which it turns, and the point
 # oval: x y radius_x radius_y degrees. area: x y of each corner.
 SHAPES = """
 leg  leg         -       bar  -.22 .4 -.16 .84 .2 | -.16 .8 -.26 1.16 .16
-leg  leg         -       bar  -.26 1.14 0 1.18 .09 | -.26 1.14 -.08 1.28 .09 | -.26 1.14 -.44 1.2 .09
+leg  leg         -       bar  -.26 1.14 0 1.18 .09 | -.26 1.14 -.08 1.28 .09
+leg  leg         -       bar  -.26 1.14 -.44 1.2 .09
 leg  leg         -       bar  .16 .4 .22 .84 .2 | .22 .8 .12 1.16 .16
 leg  leg         -       bar  .12 1.14 .38 1.18 .09 | .12 1.14 .3 1.28 .09 | .12 1.14 -.06 1.2 .09
 tail tail        banded  area -.6 -.2  -1.95 -.24  -2.03 .02  -1.95 .28  -.6 .24
@@ -198,10 +199,11 @@ def random_leaf(rng, side, near=None):
 
 def fill(draw, outline, colour, rim=0):
     """Fill one shape, with a darker rim of that width."""
-    flat = outline.ravel().tolist()
-    draw.polygon(flat, fill=tuple(colour.astype(int).tolist()))
+    corners = outline.ravel().tolist()
+    draw.polygon(corners, fill=tuple(colour.astype(int).tolist()))
     if rim:
-        draw.line(flat + flat[:2], fill=tuple((0.75 * colour).astype(int).tolist()), width=rim)
+        dark = (0.75 * colour).astype(int)
+        draw.line(corners + corners[:2], fill=tuple(dark.tolist()), width=rim)
 
 
 def place_bird(shapes, keypoints, side, rng):
@@ -269,8 +271,8 @@ def draw(target, num_train=60, num_test=20):
                 file = f"{classes[label]}/{k + 1:04d}.jpg"
                 image.save(folder / "images" / file, quality=95)
                 points = [(part, *point) for part, point in enumerate(keypoints.round(1))]
-                row = dict(file=file, label=label, train=k < num_train, box=box.round(1), points=points)
-                images.append(row)
+                row = dict(file=file, label=label, train=k < num_train)
+                images.append(dict(row, box=box.round(1), points=points))
         layout.write_lists(folder, classes, list(LOOKS), images)
 
 

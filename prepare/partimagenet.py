@@ -1,0 +1,156 @@
+"""PartImageNet (He et al., ECCV 2022, arXiv 2112.00933), converted to CUB's layout.
+
+    python prepare/partimagenet.py SOURCE TARGET         # link the images, or copy them
+    python prepare/partimagenet.py SOURCE TARGET --copy  # copy the images
+    python train.py --data TARGET
+
+SOURCE is the unpacked PartImageNet_Seg.zip (3.1 GB): annotations/SPLIT/SPLIT.json in COCO's format,
+and images/SPLIT/SYNSET_NUMBER.JPEG. The splits train and test are used; val is not.
+A class is a synset of ImageNet. The key point of a part is the centroid of all that the image has
+of it; it may lie beside a bent part. The box encloses the boxes of the parts.
+Tested on small files in this format, not yet on the release itself.
+"""
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+from prepare import layout
+
+RELEASE = "PartImageNet_Seg.zip of huggingface.co/datasets/turkeyju/PartImageNet"
+
+
+def polygon_moments(polygon):
+    """Area, area * centroid x, area * centroid y of a polygon [x0, y0, x1, y1, ...]: shoelace."""
+    x, y = np.array(polygon, float).reshape(-1, 2).T
+    next_x = np.roll(x, -1)
+    next_y = np.roll(y, -1)
+    cross = x * next_y - next_x * y
+    area = cross.sum() / 2  # negative where the polygon is drawn the other way round
+    moment_x = ((x + next_x) * cross).sum() / 6
+    moment_y = ((y + next_y) * cross).sum() / 6
+    return np.array((area, moment_x, moment_y)) * np.sign(area)
+
+
+def annotation_moments(annotation):
+    """The sum over its polygons. Some have only one or two points: then those of the box."""
+    moments = np.zeros(3)
+    if isinstance(annotation["segmentation"], list):
+        for polygon in annotation["segmentation"]:
+            moments += polygon_moments(polygon)
+    if moments[0] < 1e-3:
+        x, y, width, height = annotation["bbox"]
+        area = width * height
+        moments = np.array((area, area * (x + width / 2), area * (y + height / 2)))
+    return moments
+
+
+def convert_image(image, annotations, part_of):
+    """Name, class, box and key points of one image, from its rows in COCO's format."""
+    moments = np.zeros((len(part_of), 3))
+    corners = []
+    for annotation in annotations:
+        part = part_of[annotation["category_id"]]
+        moments[part] += annotation_moments(annotation)
+        x, y, width, height = annotation["bbox"]
+        corners.append((x, y, x + width, y + height))
+    points = []
+    for part, (area, moment_x, moment_y) in enumerate(moments):
+        if area > 0:
+            points.append((part, moment_x / area, moment_y / area, 1))
+    box = None
+    if corners:
+        x0, y0 = np.min(corners, axis=0)[:2]
+        x1, y1 = np.max(corners, axis=0)[2:]
+        box = (x0, y0, x1 - x0, y1 - y0)
+    name = image["file_name"].replace("\\", "/").split("/")[-1]
+    class_name = name.split("_")[0]
+    return dict(name=name, class_name=class_name, box=box, points=points)
+
+
+def convert_annotations(content):
+    """What a JSON in COCO's format holds: names of the parts, images, number of crowds."""
+    parts = [category["name"] for category in content["categories"]]
+    part_of = {category["id"]: part for part, category in enumerate(content["categories"])}
+    annotations = {image["id"]: [] for image in content["images"]}
+    num_crowds = 0
+    for annotation in content["annotations"]:
+        if annotation.get("iscrowd"):
+            num_crowds += 1
+        else:
+            annotations[annotation["image_id"]].append(annotation)
+    images = []
+    for image in content["images"]:
+        images.append(convert_image(image, annotations[image["id"]], part_of))
+    return parts, images, num_crowds
+
+
+def read_split(source, split):
+    """convert_annotations of one split, with the file of each image."""
+    path = source / "annotations" / split / f"{split}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; expected {RELEASE}, unpacked")
+    try:
+        content = json.loads(path.read_bytes())
+        parts, images, num_crowds = convert_annotations(content)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not the annotations of {RELEASE} ({error!r})") from None
+    for image in images:
+        image["source"] = (source / "images" / split / image["name"]).resolve()
+        image["file"] = f"{image['class_name']}/{image['name']}"
+        image["train"] = split == "train"
+        if not image["source"].is_file():
+            raise FileNotFoundError(f"{image['source']} is missing, though {path} names it")
+    return parts, images, num_crowds
+
+
+def place_image(source, target, copy):
+    """A hard link where the disk allows it, else a symbolic link, else a copy."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not copy:
+        for link in (os.link, os.symlink):
+            try:
+                return link(source, target)
+            except OSError:
+                pass
+    shutil.copyfile(source, target)
+
+
+def main():
+    parser = data.one_line_parser(description="Convert PartImageNet to CUB's layout.")
+    parser.add_argument("source", type=Path, help=f"the unpacked {RELEASE}")
+    parser.add_argument("target", type=Path, help="a new folder")
+    parser.add_argument("--copy", action="store_true", help="copy the images, do not link them")
+    args = parser.parse_args()
+    if args.target.exists():
+        raise FileExistsError(f"{args.target} is there already; remove it to convert again")
+    parts, train_images, train_crowds = read_split(args.source, "train")
+    test_parts, test_images, test_crowds = read_split(args.source, "test")
+    classes = sorted({image["class_name"] for image in train_images})
+    unknown = sorted({image["class_name"] for image in test_images} - set(classes))
+    if unknown or parts != test_parts:
+        differ = f"test has other classes {unknown[:1]} or parts than train"
+        raise ValueError(f"{args.source}: {differ}; expected {RELEASE}")
+
+    images = train_images + test_images
+    with layout.new_folder(args.target) as folder:
+        for image in tqdm(images, desc="images", disable=None):
+            image["label"] = classes.index(image["class_name"])
+            place_image(image["source"], folder / "images" / image["file"], args.copy)
+        layout.write_lists(folder, classes, parts, images)
+        layout.check(folder, images)
+    num_bare = sum(image["box"] is None for image in images)
+    num_crowds = train_crowds + test_crowds
+    print(f"{args.target}: {len(classes)} classes, {len(parts)} parts")
+    print(f"{num_bare} images have no part: their box is the whole image")
+    print(f"skipped: the split val, and {num_crowds} annotations of crowds")
+
+
+if __name__ == "__main__":
+    data.run_script(main)
