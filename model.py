@@ -189,17 +189,20 @@ class VisionTransformer(nn.Module):
         else:  # Meta's models without registers add 0.1, which shifts the sampling points
             scale = (h + 0.1) / side, (w + 0.1) / side
             grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
-        return torch.cat([cls, grid.flatten(2).transpose(1, 2).to(cls)], dim=1)
+        patches = grid.flatten(2).transpose(1, 2).to(cls)
+        return torch.cat([cls, patches], dim=1)
 
     def embed(self, images):
         """images (B, 3, H, W) -> tokens (B, prefix + N, D): cls, registers, patches."""
         B = len(images)
         h, w = patch_grid(images.shape[2:], self.patch_size)
         cls = self.cls_token.expand(B, -1, -1)
-        tokens = torch.cat([cls, self.patch_embed(images)], dim=1) + self.positions(h, w)
+        tokens = torch.cat([cls, self.patch_embed(images)], dim=1)
+        tokens = tokens + self.positions(h, w)
         if self.registers:  # they have no position
+            cls, patches = tokens.split([1, h * w], dim=1)
             registers = self.register_tokens.expand(B, -1, -1)
-            tokens = torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)
+            tokens = torch.cat([cls, registers, patches], dim=1)
         return tokens
 
     def forward(self, images):
@@ -246,8 +249,9 @@ def load_backbone(name_or_path, image_size=None):
 
 def download_weights(name):
     """Meta's state dict of a named backbone (Apache-2.0), from torch.hub's cache or the network."""
-    url = URL.format(folder=name.removesuffix("_reg4"), name=name)
-    file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    folder = name.removesuffix("_reg4")
+    url = URL.format(folder=folder, name=name)
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     remedy = f"try again, put it at {file}, or name a local file by --weights"
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
@@ -352,8 +356,9 @@ class Fusion(nn.Module):
         super().__init__()
         self.grouping = nn.Linear(width, G) if grouped else None
         self.norm = nn.LayerNorm((G, width))
-        linear = nn.Linear(width, width)  # the text has an MLP here, the released program a Linear
-        self.head = nn.Sequential(linear, nn.GELU(), nn.Linear(width, width)) if mlp else linear
+        self.head = nn.Linear(width, width)  # one Linear as released; the text has an MLP
+        if mlp:
+            self.head = nn.Sequential(self.head, nn.GELU(), nn.Linear(width, width))
 
     def forward(self, pooled, mass):
         """pooled (B, K-1, D), mass (B, K-1) -> prompts (B, G, D), S (B, K-1, G), rows of sum 1."""
@@ -364,8 +369,8 @@ class Fusion(nn.Module):
             S = F.gumbel_softmax(logits, tau=1.0)
         else:  # the released program samples here, too; we keep evaluation deterministic
             S = logits.softmax(-1)
-        # An empty region belongs to all groups alike.
-        S = torch.where(mass[..., None] > 0, S, 1 / S.shape[2])
+        empty = mass[..., None] == 0  # such a region belongs to all groups alike
+        S = torch.where(empty, 1 / S.shape[2], S)
         weights = S.detach().transpose(1, 2)  # sg: grouping learns from the fused maps alone
         with torch.autocast(pooled.device.type, enabled=False):
             sums = weights @ to_float32(pooled)  # (B, G, D)
@@ -491,7 +496,7 @@ class IVPT(nn.Module):
             e = self.patches_of(tokens).detach()  # e = LN(sg(x_l)), (B, N, D)
             a, pooled, mass = concept(e)  # (B, K, N), (B, K, D), (B, K)
             pooled, mass = pooled.detach(), mass.detach()  # sg: a prompt does not move its regions
-            prompts, S = fusion(pooled[:, :-1], mass[:, :-1])  # without the background
+            prompts, S = fusion(pooled[:, :-1], mass[:, :-1])  # of all but the background
             with torch.set_grad_enabled(graph):
                 tokens = block(tokens, prompts)
             smoothed = (a + SMOOTHING) / (a + SMOOTHING).sum(1, keepdim=True)
@@ -516,9 +521,8 @@ class IVPT(nn.Module):
 def start_prototypes(model, dataset, seed, num_images=512, num_patches=100):
     """Prototypes become k-means centres of the unprompted ViT's patches (train.py --start kmeans).
 
-    In every layer, foreground patches are cut into K - 1 clusters; the mean of all others is the
-    background prototype. dataset: training images in the test view; no annotation is read.
-    Raises ValueError where too few patches are foreground.
+    Each layer's foreground patches form K - 1 clusters; the mean of all others is the background
+    prototype. dataset: training images in the test view; no annotation is read. Raises ValueError.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(dataset), generator=generator)[:num_images].tolist()
@@ -560,9 +564,9 @@ def sample_patches(model, loader, num_patches, generator):
 def find_foreground(e, rims, generator):
     """Patches e (n, D), rims (n) -> bool (n): which are foreground.
 
-    The first principal component tells object from background; the object keeps to the middle. Of
-    three clusters along it we take the upmost: of two, it would also hold what lies between.
-    Corners outside the inscribed circle are left out: some ViTs keep a feature of its own there.
+    The first principal component tells object from background. Its object end is the one nearer to
+    the middle of the images. We cut it into three clusters and take the last: of two, the last
+    would also hold what lies between. Corners are never foreground: some ViTs treat them specially.
     """
     centred = e - e.mean(0)
     eigenvectors = torch.linalg.eigh(centred.T @ centred).eigenvectors  # eigenvalues ascend
@@ -576,8 +580,8 @@ def find_foreground(e, rims, generator):
 def kmeans(e, K, generator, restarts=5, iterations=30):
     """Patches e (n, D) -> the best centres (K, D) of some restarts.
 
-    Each begins with k-means++ (Arthur, Vassilvitskii 2007): a patch becomes a centre with the
-    probability of its squared distance from the centres before it.
+    Each begins with k-means++ (Arthur, Vassilvitskii 2007): a patch becomes a centre with a
+    probability that grows with its squared distance from the centres before it.
     """
     best, found = math.inf, None
     for _ in range(restarts):
@@ -603,10 +607,14 @@ def kmeans(e, K, generator, restarts=5, iterations=30):
 def ivpt_arguments(options):
     """Options of train.py, as a dict -> keyword arguments of IVPT."""
     return dict(
-        prototypes=options["prototypes"], tune=options["tune"],
-        bias_after_softmax=options["bias"] == "after", fusion_mlp=options["fusion"] == "mlp",
-        scaled=options["distance"] == "scaled", spatial_bias=not options["no_bias"],
-        regions=not options["no_regions"], cross_layer=not options["no_cross_layer"],
+        prototypes=options["prototypes"],
+        bias_after_softmax=options["bias"] == "after",
+        fusion_mlp=options["fusion"] == "mlp",
+        tune=options["tune"],
+        scaled=options["distance"] == "scaled",
+        spatial_bias=not options["no_bias"],
+        regions=not options["no_regions"],
+        cross_layer=not options["no_cross_layer"],
         fusion=not options["no_fusion"])
 
 

@@ -83,7 +83,8 @@ class ProtoPNet(nn.Module):
         self.prototypes = (per_class + 1,)  # counts, as in IVPT: read() appends a background
         self.last_only = False
         self.add_on = nn.Sequential(
-            nn.Linear(backbone.width, width), nn.ReLU(), nn.Linear(width, width), nn.Sigmoid())
+            nn.Linear(backbone.width, width), nn.ReLU(),
+            nn.Linear(width, width), nn.Sigmoid())
         self.vectors = nn.Parameter(torch.rand(num_classes * per_class, width))  # p, (C m, d)
         own = torch.eye(num_classes).repeat_interleave(per_class, 1)  # (C, C m), 1: own class
         self.register_buffer("own", own, persistent=False)
@@ -130,8 +131,10 @@ class ProtoPNet(nn.Module):
         maps = similarity[each, :, labels].transpose(1, 2)  # (B, m, N)
         background = torch.zeros_like(maps[:, :1])  # similarities are above 0: it wins no patch
         maps = torch.cat([maps, background], dim=1).unflatten(2, self.grid)
-        shown = W.unflatten(1, (self.num_classes, -1))[:, labels].permute(1, 2, 0)  # (B, m, C)
-        concept_logits = self.per_class * scores[each, labels][..., None] * shown
+        W = W.unflatten(1, (self.num_classes, self.per_class))  # (C, C, m): to a class, of a class
+        shown_weights = W[:, labels].permute(1, 2, 0)  # (B, m, C)
+        shown_scores = scores[each, labels]  # (B, m)
+        concept_logits = self.per_class * shown_scores[..., None] * shown_weights
         features = self.vectors.expand(len(d2), -1, -1)
         return Output(logits, concept_logits, [maps], [], [], features)
 
@@ -151,7 +154,10 @@ class ProtoPNet(nn.Module):
         return losses, logits
 
     def map_losses(self, z, shallow, d2, labels):
-        return {"cluster": 0.8 * cluster(d2, labels), "separation": 0.08 * separation(d2, labels)}
+        return {
+            "cluster": 0.8 * cluster(d2, labels),
+            "separation": 0.08 * separation(d2, labels),
+        }
 
     def parameter_groups(self, args):
         return [

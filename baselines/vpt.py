@@ -48,8 +48,7 @@ class VPTDeep(nn.Module):
         self.backbone = backbone
         self.grid = backbone.grid
         self.num_classes = num_classes
-        self.num_prompts = num_prompts
-        self.prototypes = (num_prompts + 1,) * min(5, num_blocks)  # of the blocks that are looked at
+        self.prototypes = (num_prompts + 1,) * min(5, num_blocks)  # of the blocks shown
         self.prompts = new_prompts(num_blocks, num_prompts, backbone)
         self.classifier = nn.Linear(backbone.width, num_classes)
         nn.init.trunc_normal_(self.classifier.weight, std=0.02)
