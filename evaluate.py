@@ -247,7 +247,7 @@ def parts_hit(hits, visible, parts):
     """hits (n, K-1, M), visible (n, M) -> for each concept the three parts that it hits in most
     images, a list of [name, percent of the images that show the part].
     """
-    counts = hits.sum(0)  # (K-1, M)
+    counts = hits.sum(0).double()  # (K-1, M)
     shares = 100 * counts / visible.sum(0).clamp(min=1)
     ranking = counts + shares / 101  # of equal counts the higher share comes first
     orders = ranking.argsort(dim=1, descending=True, stable=True)
@@ -260,7 +260,6 @@ def parts_hit(hits, visible, parts):
 
 def layer_metrics(layer, keypoints, labels, owners, parts, seed):
     """From what collect found of a layer to its metrics, a dict; keypoints (n, M, 3).
-
     Selectivity is the foreground share inside and outside the box. The part metrics reward
     looking at one spot, and a map that never moves is perfectly stable. Two controls tell:
     constant_location scores the peaks of each prototype's mean map over the test images,
@@ -308,7 +307,6 @@ def layer_metrics(layer, keypoints, labels, owners, parts, seed):
 def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, seed=0, split="test",
              recipe=None, gallery=None):
     """Accuracy, and the metrics of every concept layer -> dict, as in metrics.json.
-
     folder, split: what data.Images reads. amp: bf16 autocast. recipe: a dict that names the
     method in the protocol. gallery: explore.gallery.Gallery, which is shown every batch.
     Raises ValueError where the model's output is not finite.
@@ -340,41 +338,35 @@ def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, see
                 protocol=protocol)
 
 
-COLUMNS = (  # title in the table, name in metrics.json, format
-    ("K", "prototypes", "d"),
-    ("consist", "consistency", ".1f"),
-    ("const.loc", "constant_location", ".1f"),
-    ("beats c.", "over_constant", "+.1f"),
-    ("random", "random_location", ".1f"),
-    ("stable", "stability", ".1f"),
-    ("spread", "peak_spread", ".0f"),
-    ("winning", "winning", ".0f"),
-    ("fg", "foreground", ".1f"),
-    ("fg in", "foreground_inside", ".1f"),
-    ("fg out", "foreground_outside", ".1f"))
-LEGEND = """\
-* the headline. const.loc: consistency of one fixed spot, the peak of each concept's mean map; random:
-of random spots; beats c.: consistency above const.loc. stable: stability; a spot that never moves has
-100. spread: root mean square distance of a concept's peaks from their mean, px of 224. winning:
-concepts that win any patch. fg, fg in, fg out: patches won by concepts, in all, inside and outside
-the box. All in percent, but K and spread."""
+ROWS = (  # of the table: name in metrics.json, meaning; percent, if nothing else is said
+    ("prototypes", "number, the background included"),
+    ("consistency", "concepts that keep to one part, averaged over classes"),
+    ("constant_location", "consistency of one fixed spot, the peak of each mean map"),
+    ("over_constant", "consistency less constant_location"),
+    ("random_location", "consistency of random spots"),
+    ("stability", "images in which noise changes no hit; a fixed spot has 100"),
+    ("peak_spread", "distance of peaks from their mean, pixels of 224; a fixed spot has 0"),
+    ("winning", "concepts that win any patch"),
+    ("foreground", "patches won by concepts"),
+    ("foreground_inside", "the same inside the box"),
+    ("foreground_outside", "the same outside the box"))
 
 
 def table(metrics):
-    """The metrics as text, for the terminal and for the gallery."""
-    lines = [f"accuracy {metrics['accuracy']:.1f} % on {metrics['protocol']['images']} images"]
-    lines.append(" layer" + "".join(f"{title:>10}" for title, _, _ in COLUMNS))
-    for l, layer in enumerate(metrics["layers"]):
-        line = f"{l + 1:>5}"
-        line += "*" if l == metrics["headline"]["layer"] else " "
-        for _, name, style in COLUMNS:
-            cell = "-" if layer[name] is None else format(layer[name], style)
-            line += f"{cell:>10}"
-        lines.append(line)
-    lines.append(LEGEND)
+    """The metrics as text, for the terminal and for the gallery; * marks the headline."""
+    text = f"accuracy {metrics['accuracy']:.1f} % on {metrics['protocol']['images']} images\n"
+    text += f"{'layer':20}"
+    for l in range(len(metrics["layers"])):
+        text += f"{l + 1:7}" + ("*" if l == metrics["headline"]["layer"] else " ")
+    for name, meaning in ROWS:
+        text += f"\n{name:20}"
+        for layer in metrics["layers"]:
+            value = layer[name]
+            text += f"{'-':>7} " if value is None else f"{round(value, 1):7} "
+        text += f"  {meaning}"
     if metrics["unavailable"]:
-        lines.append(metrics["unavailable"])
-    return "\n".join(lines)
+        text += f"\n{metrics['unavailable']}"
+    return text
 
 
 # ---- 5. The command line --------------------------------------------------------------------------

@@ -167,6 +167,8 @@ def test_evaluate_equals_the_protocol_written_out(tmp_path):
     rng, n, S, seed, model = np.random.default_rng(0), 8, 56, 3, EvaluateConv()
     boxes = [(*rng.integers(0, 20, 2), *rng.integers(25, 44, 2)) for _ in range(n)]
     folder = evaluate_folder(tmp_path / "cub", (90, 64), boxes, [1] * 6 + [0, 1])
+    classes = "".join(f"{i} {min(i, 7)}\n" for i in range(1, 9))
+    (folder / "image_class_labels.txt").write_text(classes)
     for file in folder.glob("images/*.png"):
         noise = Image.fromarray(rng.integers(0, 256, (8, 11, 3), np.uint8))
         noise.resize((90, 64)).save(file)

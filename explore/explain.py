@@ -15,8 +15,6 @@ import data
 import evaluate
 from explore.gallery import concept_colours, panels, to_image
 
-GREY = (128, 128, 128)
-
 
 class Explanation(NamedTuple):
     classes: list  # (name, percent) of the five likeliest
@@ -35,13 +33,12 @@ def explain(model, image, class_names, amp=False):
     """
     output = evaluate.forward(model, image[None], amp=amp)
     logits = output.logits[0].float()
-    order = logits.argsort(descending=True, stable=True).tolist()
-    probabilities = logits.softmax(0).tolist()
-    classes = [(class_names[c], 100 * probabilities[c]) for c in order[:5]]
+    percents, order = (100 * logits.softmax(0)).sort(descending=True, stable=True)
+    names = [class_names[c] for c in order[:5].tolist()]
     parents = [groups[0].argmax(1).tolist() for groups in output.groups]
     colours = concept_colours(model.prototypes, parents)
 
-    winner, runner_up = order[0], order[:2][-1]  # where there is one class, it is both
+    winner, runner_up = order[:2].tolist()
     votes = []
     if output.concept_logits is not None:
         scores = output.concept_logits[0].float()  # (G, C)
@@ -51,8 +48,10 @@ def explain(model, image, class_names, amp=False):
     if model.class_specific:
         margin = (logits[winner] - logits[runner_up]).item()
         rest = margin - sum(vote for _, vote, _ in votes)
-        votes.append(("prototypes of other classes", rest, GREY))
-    return Explanation(classes, votes, [maps[0].cpu() for maps in output.attention], colours)
+        votes.append(("prototypes of other classes", rest, (128, 128, 128)))
+    maps = [layer[0].cpu() for layer in output.attention]
+    classes = list(zip(names, percents.tolist()))
+    return Explanation(classes, votes, maps, colours)
 
 
 def describe(explanation):
@@ -61,10 +60,10 @@ def describe(explanation):
     for rank, (name, percent) in enumerate(explanation.classes, start=1):
         lines.append((f"{rank}. {name}  {percent:.1f} %", "black"))
     total = sum(vote for _, vote, _ in explanation.votes)
-    if explanation.votes:
-        lines.append((f"votes for the first class against the second, in all {total:+.2f}", "black"))
-    else:
-        lines.append(("no votes: the classes are read from the cls token", "black"))
+    header = f"votes for the first class against the second, in all {total:+.2f}"
+    if not explanation.votes:
+        header = "no votes: the classes are read from the cls token"
+    lines.append((header, "black"))
     for name, vote, colour in explanation.votes:
         lines.append((f"{name}  {vote:+.2f}", colour))
     return lines
@@ -75,11 +74,12 @@ def draw(picture, explanation):
     row = panels(picture, torch.zeros(0, 3), explanation.maps, explanation.colours)
     strip = to_image(row, len(row))
     lines = describe(explanation)
-    sheet = Image.new("RGB", (max(480, strip.width), strip.height + 22 * len(lines) + 8), "white")
+    height = strip.height + 22 * len(lines) + 8
+    sheet = Image.new("RGB", (max(480, strip.width), height), "white")
     sheet.paste(strip)
+    font = ImageFont.load_default(16)
     for i, (line, colour) in enumerate(lines):
-        place = (8, strip.height + 22 * i)
-        ImageDraw.Draw(sheet).text(place, line, colour, ImageFont.load_default(16))
+        ImageDraw.Draw(sheet).text((8, strip.height + 22 * i), line, colour, font)
     return sheet
 
 
@@ -87,8 +87,10 @@ def explain_files(model, paths, checkpoint, amp, out):
     """Explains images, and all images of folders: prints the text, draws out/NUMBER_NAME.png."""
     files = []
     for path in map(Path, paths):
-        found = sorted(path.iterdir()) if path.is_dir() else [path]
-        files += [file for file in found if file == path or is_image_file(file.name)]
+        if path.is_dir():
+            files += sorted(file for file in path.iterdir() if is_image_file(file.name))
+        else:
+            files.append(path)
     out.mkdir(parents=True, exist_ok=True)
     for number, file in enumerate(files, start=1):
         image = data.read_image(file, upright=True)
@@ -96,8 +98,8 @@ def explain_files(model, paths, checkpoint, amp, out):
         explanation = explain(model, image, checkpoint["classes"], amp)
         target = out / f"{number}_{file.stem}.png"
         draw(data.denormalize(image), explanation).save(target)
-        text = "\n".join(line for line, _ in describe(explanation))
-        print(f"{file}, drawn in {target}\n{text}\n")
+        print(f"{file}, drawn in {target}")
+        print("\n".join(line for line, _ in describe(explanation)), end="\n\n")
 
 
 def main(argv=None):

@@ -107,14 +107,13 @@ class Gallery:
             if index in self.chosen:
                 maps = [layer[i].clone() for layer in layers]
                 self.examples[index] = maps, classes[i].item(), probabilities[i].item()
+        if not self.groups:
+            self.groups = [0] * len(output.groups)
         for l, maps in enumerate(layers):
             wins = self.add_claims(self.claims[l], maps, indices)
-            if l < len(output.groups):
-                groups = (output.groups[l].float().cpu() * wins[:, :, None]).sum(0)
-                if l < len(self.groups):
-                    self.groups[l] += groups
-                else:
-                    self.groups.append(groups)
+            if l < len(self.groups):
+                groups = output.groups[l].float().cpu()  # (B, K-1, G)
+                self.groups[l] += (groups * wins[:, :, None]).sum(0)
 
     def add_claims(self, layer_claims, maps, indices):
         """Keeps the strongest claims of a layer -> bool (B, K-1): where a concept wins a patch."""
@@ -156,8 +155,7 @@ class Gallery:
             region = upsample(margin[None], picture.shape[2]) > 0
             pale = 0.3 * picture.float().mean(0) + 150
             tiles.append(torch.where(region, picture, pale.to(torch.uint8)))
-        blank = torch.full_like(tiles[0], 255)
-        return to_image(tiles + [blank] * (9 - len(tiles)), 3)
+        return to_image(tiles, 3)
 
     def write(self, folder, metrics, log):
         """folder/index.html and folder/pictures. metrics: evaluate's dict; log: a log.jsonl."""
@@ -215,25 +213,29 @@ class Gallery:
         return text
 
     def hierarchy_section(self):
-        """A table: a row for each coarse concept, the fine concepts that join it most, by layer."""
+        """A row for each coarse concept: in every layer the fine concepts that join it most."""
         if not self.groups:
             return "<p>This model groups nothing: no hierarchy.</p>"
         text = HIERARCHY
         colours = self.colours()
         for g, colour in enumerate(colours[-1]):
-            text += "<tr><td>" + FIRST.format(l=len(colours), k=g + 1, chip=chip(g + 1, colour), note="")
+            text += "<tr><td>" + thumbnail(len(colours), g + 1, colour)
             for l, groups in enumerate(self.groups):
                 text += "<td>"
-                shares = groups / groups.sum(1, keepdim=True)  # NaN where a concept never wins
-                for k in (shares.argmax(1) == g).nonzero().flatten().tolist():
-                    if self.claims[l][k]:
-                        text += FIRST.format(l=l + 1, k=k + 1, chip=chip(k + 1, colours[l][k]),
-                                             note=f"{100 * shares[k, g]:.0f} %")
+                parents = groups.argmax(1).tolist()
+                for k, parent in enumerate(parents):
+                    if parent == g and self.claims[l][k]:
+                        share = 100 * groups[k, g] / groups[k].sum()
+                        text += thumbnail(l + 1, k + 1, colours[l][k]) + f"{share:.0f} %</div>"
         return text + "</table>"
 
 
 def chip(number, colour):
     return f"<i style='background:rgb{colour}'>{number}</i>"
+
+
+def thumbnail(l, k, colour):
+    return f"<div class=first><img src='pictures/concept_{l}_{k}.jpg' alt=''>{chip(k, colour)} "
 
 
 def curves_section(log):
@@ -245,7 +247,7 @@ def curves_section(log):
         except ValueError:
             continue  # a line that a kill cut off
         for name, value in row.items():
-            if isinstance(value, (int, float)) and math.isfinite(value):
+            if name != "epoch" and isinstance(value, (int, float)) and math.isfinite(value):
                 curves.setdefault(name, []).append(value)
     text = "<div class=cards>"
     for name, values in curves.items():
@@ -270,28 +272,23 @@ i {{ display: inline-block; min-width: 20px; margin: 1px; border-radius: 3px; te
           grid-auto-flow: column; grid-auto-columns: 1fr }} text {{ font-size: 11px }}
 .cards {{ display: grid; gap: 20px; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)) }}
 .first {{ display: inline-block; width: 76px; margin: 3px; font-size: 12px }}
-.first div {{ height: 76px; background-size: 300% }}
 </style><h1>What each concept sees</h1>{links}{body}
 """
-REGIONS = """<p>The image with its key points, then the regions of every layer. A point belongs to the
-concept that claims it most; pale is background. Each concept of the last layer has a hue, and a fine
-concept is a shade of the one that it joins most. Where a model groups nothing, colours start afresh
-in every layer. Rest the pointer on a row to read the names of its key points.</p>"""
+REGIONS = """<p>The image with its key points, then the regions of every layer; pale is background.
+A concept of the last layer has a hue, a fine concept is a shade of the one that it joins most.
+Where a model groups nothing, colours start afresh in every layer. Rest the pointer on a row to
+read the names of its key points.</p>"""
 EXAMPLE = """<figure><img src='pictures/image_{index}.jpg' alt='' title='From left to right: {points}'>
 image {index}: predicted <b>{guess}</b> ({percent:.0f} %),
 <span class={look}>truly {truth}</span></figure>"""
 CONCEPTS = """<p>The nine images in which each concept claims most, and its region there. Below, the
-three parts that it hits in most images, each with the share of the images that show it. The metrics
-count a hit within 36 of 224 pixels of the peak of the concept's map, whatever its region. A small
-spread of the peaks means one fixed spot. Where every class has prototypes of its own, concept 1 is
-the first of the image's class.</p>"""
+three parts that it hits in most images, each with the share of the images that show it: a part is
+hit within 36 of 224 pixels of the peak of the concept's map. A small spread of the peaks means one
+fixed spot. Where every class has prototypes of its own, 1 is the first of the image's class.</p>"""
 CARD = """<figure><img src='pictures/concept_{l}_{k}.jpg' alt=''>{chip} {parts}<br>
 <small>{share:.3g} % of patches, peak spread {spread:.0f} px</small></figure>"""
 HIERARCHY = """<p>Each concept of the last layer, then in every layer the fine concepts that join it
-more than another. In percent: the mean grouping over images where the fine concept wins a patch.</p>
-<table>"""
-FIRST = """<div class=first><div style='background-image:url(pictures/concept_{l}_{k}.jpg)'></div>
-{chip} {note}</div>"""
+most, with the mean grouping over the images where they win a patch.</p><table>"""
 CURVE = """<figure>{name} <b>{last:.4g}</b><svg viewBox='0 0 200 96'><polyline points='{points}'/>
 <text x='5' y='92'>{low:.3g} to {high:.3g}, {count} epochs</text></svg></figure>"""
 
