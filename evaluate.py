@@ -1,12 +1,12 @@
-"""Evaluate IVPT (ICLR 2026, arXiv 2503.06084): accuracy, consistency, stability, and their controls.
+"""Evaluate IVPT (ICLR 2026, arXiv 2503.06084): accuracy, consistency, stability, their controls.
 
     python evaluate.py --ckpt runs/cub/last.pt                       # table, and RUN/metrics.json
     python evaluate.py --ckpt runs/cub/last.pt --visualize pictures  # and pictures/index.html
     python evaluate.py --ckpt runs/cub/last.pt --image bird.jpg      # why it got its class
     torchrun --nproc_per_node=4 evaluate.py --ckpt runs/cub/last.pt  # the same from four GPUs
 
-Consistency and stability are those of Huang et al. 2023 (arXiv 2212.05946), for every concept layer.
-On CUB the hit test matches their code, except where a box leaves the image. With fractional
+Consistency and stability are those of Huang et al. 2023 (arXiv 2212.05946), for every layer. On
+CUB the hit test matches their code, except where a box leaves the image. With fractional
 annotations results differ slightly: their code truncates them. Letters in shapes: see model.py.
 """
 import argparse
@@ -36,7 +36,7 @@ PART_METRICS = ("consistency", "stability", "constant_location", "over_constant"
 NO_KEYPOINTS = "No consistency and no stability: the data has no key points (parts/parts.txt)."
 
 
-# ---- 1. The metrics: maps -> peaks -> hit parts -> percentages ------------------------------------
+# ---- 1. The metrics: maps -> peaks -> hit parts -> percentages ---------------------------------
 def upsampling_matrix(side):
     """(FRAME, side) fp64: bicubic upsampling of a column, with half-pixel centres."""
     identity = torch.eye(side, dtype=torch.float64)
@@ -71,12 +71,12 @@ def hits_of(peaks, keypoints, half_size=HALF_SIZE):
 
 
 def part_hits(attention, keypoints, half_size=HALF_SIZE):
-    """attention (n, K, h, w) of the foreground, keypoints (n, M, 3) in the frame -> bool (n, K, M)."""
+    """Maps (n, K, h, w) without background, keypoints (n, M, 3) in the frame -> bool (n, K, M)."""
     return hits_of(find_peaks(attention).to(keypoints.device), keypoints, half_size)
 
 
 def class_sums(values, labels):
-    """values (n, ...), labels (n,) -> fp64 sums over the images of each class that has any (C, ...)."""
+    """values (n, ...), labels (n,) -> fp64 sums over each class that has images, (C, ...)."""
     labels = torch.as_tensor(labels, device=values.device)
     if len(labels) == 0:
         raise ValueError("consistency, stability: no images, expected the hits of a test set")
@@ -107,7 +107,7 @@ def stability(hits, noisy_hits, labels):
     return 100 * share.mean().item()
 
 
-# ---- 2. The three views of a test image -----------------------------------------------------------
+# ---- 2. The three views of a test image --------------------------------------------------------
 class Views(Dataset):
     """A test image as the classifier sees it, and cropped to its box without and with noise.
     The noise depends on (seed, index) alone: batch size, workers and order change nothing.
@@ -147,7 +147,7 @@ class Views(Dataset):
         return in_rows[:, None] & in_columns
 
 
-# ---- 3. One pass over the images, three forwards each ---------------------------------------------
+# ---- 3. One pass over the images, three forwards each ------------------------------------------
 def forward(model, images, labels=None, amp=False):
     """-> Output of a batch. ValueError where it is not finite: argmax would take NaN for a peak.
     labels: whose prototypes' maps are shown, where every class has its own; default: predictions.
@@ -183,7 +183,8 @@ def collect(model, views, owners, batch_size, workers, amp, gallery):
     num_owners = int(owners.max()) + 1
     for K in model.prototypes:
         map_sums = torch.zeros(num_owners, K - 1, *model.grid, dtype=torch.float64)
-        layers.append(dict(peaks=[], noisy_peaks=[], won_inside=0, won_outside=0, map_sums=map_sums))
+        layers.append(dict(
+            peaks=[], noisy_peaks=[], won_inside=0, won_outside=0, map_sums=map_sums))
     for batch in tqdm(loader, leave=False, disable=True if rank else None):
         labels, inside = batch["label"], batch["inside"]
         # The classifier learnt from uncropped views, and only these have an outside of the box.
@@ -224,7 +225,7 @@ def gather(correct, keypoints, layers):
     return correct, keypoints, layers
 
 
-# ---- 4. From what was collected to the metrics ----------------------------------------------------
+# ---- 4. From what was collected to the metrics -------------------------------------------------
 def foreground(wins):
     """wins (K,): patches won, the background last -> percent won by concepts; None without any."""
     total = wins.sum().item()
@@ -369,7 +370,7 @@ def table(metrics):
     return text
 
 
-# ---- 5. The command line --------------------------------------------------------------------------
+# ---- 5. The command line -----------------------------------------------------------------------
 def local_device(kind):
     """This process's device under torchrun: the CPU, or a GPU of its own. kind: cpu or cuda."""
     if kind == "cpu":

@@ -1,4 +1,4 @@
-"""Why an image got its class: the likeliest classes, each concept's vote, the regions of all layers.
+"""Why an image got its class: the likeliest ones, each concept's vote, the regions of all layers.
 
     python explore/explain.py --ckpt runs/cub/last.pt bird.jpg folder_of_images --out pictures
 """
@@ -27,9 +27,9 @@ class Explanation(NamedTuple):
 def explain(model, image, class_names, amp=False):
     """image (3, S, S) normalised -> Explanation.
 
-    A coarse concept's vote is its score of the winner less that of the runner-up, over G: above zero
-    it speaks for the winner. The votes sum to the margin between the two logits. Where every class
-    has prototypes of its own, those of the other classes have one vote together.
+    A coarse concept's vote is its score of the winner less that of the runner-up, over G. Above
+    zero it speaks for the winner. The votes sum to the margin between the two logits. Where every
+    class has prototypes of its own, those of the other classes have one vote together.
     """
     output = evaluate.forward(model, image[None], amp=amp)
     logits = output.logits[0].float()

@@ -1,6 +1,6 @@
 """The gallery: what every concept of a trained model sees, as one HTML page with its pictures.
 
-    python evaluate.py --ckpt runs/cub/last.pt --visualize pictures     # then open pictures/index.html
+    python evaluate.py --ckpt runs/cub/last.pt --visualize pictures  # open pictures/index.html
     python explore/gallery.py --ckpt runs/cub/last.pt --strip regions.jpg --images 1 2 3
 
 Maps are upsampled to the image before the argmax, so regions have smooth borders. Colours mean the
@@ -28,7 +28,7 @@ import data
 import evaluate
 
 
-# ---- 1. Pictures ----------------------------------------------------------------------------------
+# ---- 1. Pictures -------------------------------------------------------------------------------
 def concept_colours(prototypes, parents):
     """-> RGB colours (r, g, b) of the K - 1 concepts of every layer.
 
@@ -83,7 +83,7 @@ def to_image(pictures, columns):
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
 
 
-# ---- 2. What is gathered while the model sees the images ------------------------------------------
+# ---- 2. What is gathered while the model sees the images ---------------------------------------
 class Gallery:
     """images: data.Images in the test view. chosen: indices of those whose regions are shown."""
 
@@ -94,10 +94,10 @@ class Gallery:
             chosen = np.linspace(0, len(images) - 1, min(24, len(images))).astype(int).tolist()
         self.chosen = chosen
         self.examples = {}  # index -> maps [(K, h, w)] of every layer, class, its probability
-        # Of every concept the nine strongest claims: strength, index, margin (h, w). Strength is its
-        # attention in the patches that it wins, margin its attention less the best of the others.
+        # Of every concept the nine strongest claims: strength, index, margin (h, w). Strength is
+        # its attention in the patches that it wins; margin its attention less the best of others.
         self.claims = [[[] for _ in range(K - 1)] for K in model.prototypes]
-        self.groups = []  # of every prompted layer (K - 1, G): sums over images where a concept wins
+        self.groups = []  # of prompted layers (K - 1, G): sums over images where a concept wins
 
     def add(self, output, indices):
         """An Output in the test view, and the indices (B,) of its images."""
@@ -132,14 +132,15 @@ class Gallery:
         return wins
 
     def colours(self):
-        return concept_colours(self.prototypes, [groups.argmax(1).tolist() for groups in self.groups])
+        parents = [groups.argmax(1).tolist() for groups in self.groups]
+        return concept_colours(self.prototypes, parents)
 
     def picture(self, index):
         """-> pixels (3, S, S) uint8 and key points (M, 3)."""
         image, _, points, _ = self.images[index]
         return data.denormalize(image), points
 
-    # ---- 3. Drawn afterwards ----------------------------------------------------------------------
+    # ---- 3. Drawn afterwards --------------------------------------------------------------------
     def strip(self, indices):
         """A row for each image: its key points, then the regions of every layer."""
         pictures = []
@@ -216,8 +217,9 @@ class Gallery:
         """A row for each coarse concept: in every layer the fine concepts that join it most."""
         if not self.groups:
             return "<p>This model groups nothing: no hierarchy.</p>"
-        text = HIERARCHY
         colours = self.colours()
+        heads = "".join(f"<th>layer {l + 1}" for l in range(len(self.groups)))
+        text = f"{HIERARCHY}<tr><th>layer {len(colours)}{heads}"
         for g, colour in enumerate(colours[-1]):
             text += "<tr><td>" + thumbnail(len(colours), g + 1, colour)
             for l, groups in enumerate(self.groups):
@@ -235,7 +237,8 @@ def chip(number, colour):
 
 
 def thumbnail(l, k, colour):
-    return f"<div class=first><img src='pictures/concept_{l}_{k}.jpg' alt=''>{chip(k, colour)} "
+    image = f"<img src='pictures/concept_{l}_{k}.jpg' alt=''>"
+    return f"<div class=first><div>{image}</div>{chip(k, colour)} "
 
 
 def curves_section(log):
@@ -266,20 +269,22 @@ PAGE = """<!doctype html><meta charset=utf-8><title>IVPT</title><style>
 body {{ font: 15px/1.5 sans-serif; color: #222; max-width: 1180px; margin: auto; padding: 9px }}
 figure {{ margin: 0 0 14px }} img {{ display: block; width: 100% }} pre {{ overflow-x: auto }}
 i {{ display: inline-block; min-width: 20px; margin: 1px; border-radius: 3px; text-align: center;
-    color: white; font: 12px/18px sans-serif }} td {{ border-top: 1px solid #ddd }}
+    color: white; text-shadow: 0 0 2px black; font: 12px/18px sans-serif }}
 .right {{ color: #17663a }} .wrong {{ color: #a32020 }} polyline {{ fill: none; stroke: #2563a8 }}
 .legend {{ position: sticky; top: 0; background: white; padding: 6px 0; display: grid; gap: 5px;
           grid-auto-flow: column; grid-auto-columns: 1fr }} text {{ font-size: 11px }}
 .cards {{ display: grid; gap: 20px; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)) }}
 .first {{ display: inline-block; width: 76px; margin: 3px; font-size: 12px }}
+.first div {{ height: 76px; overflow: hidden }} .first img {{ width: 300% }}
+td, th {{ border-top: 1px solid #ddd; text-align: left; vertical-align: top; padding: 4px }}
 </style><h1>What each concept sees</h1>{links}{body}
 """
-REGIONS = """<p>The image with its key points, then the regions of every layer; pale is background.
+REGIONS = """<p>The image with its key points, the regions of every layer; pale is background.
 A concept of the last layer has a hue, a fine concept is a shade of the one that it joins most.
 Where a model groups nothing, colours start afresh in every layer. Rest the pointer on a row to
 read the names of its key points.</p>"""
-EXAMPLE = """<figure><img src='pictures/image_{index}.jpg' alt='' title='From left to right: {points}'>
-image {index}: predicted <b>{guess}</b> ({percent:.0f} %),
+EXAMPLE = """<figure><img src='pictures/image_{index}.jpg' alt=''
+title='From left to right: {points}'>image {index}: predicted <b>{guess}</b> ({percent:.0f} %),
 <span class={look}>truly {truth}</span></figure>"""
 CONCEPTS = """<p>The nine images in which each concept claims most, and its region there. Below, the
 three parts that it hits in most images, each with the share of the images that show it: a part is
@@ -293,7 +298,7 @@ CURVE = """<figure>{name} <b>{last:.4g}</b><svg viewBox='0 0 200 96'><polyline p
 <text x='5' y='92'>{low:.3g} to {high:.3g}, {count} epochs</text></svg></figure>"""
 
 
-# ---- 4. Some rows of it, for README.md ------------------------------------------------------------
+# ---- 4. Some rows of it, for README.md ---------------------------------------------------------
 @torch.inference_mode()
 def main(argv=None):
     parser = data.one_line_parser(description="Draw the regions of all layers in some test images.")
