@@ -45,8 +45,7 @@ def upsampling_matrix(side):
 
 def find_peaks(maps):
     """maps (n, K, h, w) -> (n, K, 2): x, y of each map's maximum once upsampled to FRAME x FRAME,
-    the first one row by row. Products in fp64, rounded to fp32, let equal patches tie exactly.
-    """
+    the first one row by row. Products in fp64, rounded to fp32, let equal patches tie exactly."""
     n, K, h, w = maps.shape
     rows = upsampling_matrix(h).to(maps.device)
     columns = upsampling_matrix(w).to(maps.device)
@@ -61,8 +60,7 @@ def find_peaks(maps):
 
 def hits_of(peaks, keypoints, half_size=HALF_SIZE):
     """peaks (n, K, 2), keypoints (n, M, 3) in the frame -> bool (n, K, M): the visible parts in
-    each prototype's region, which is peak +- half_size clipped to [0, FRAME], ends inclusive.
-    """
+    each prototype's region, which is peak +- half_size clipped to [0, FRAME], ends inclusive."""
     points = keypoints[:, None, :, :2]  # (n, 1, M, 2)
     visible = keypoints[:, None, :, 2] > 0
     near = (points - peaks[:, :, None]).abs() <= half_size
@@ -87,8 +85,7 @@ def class_sums(values, labels):
 
 def consistency(hits, visible, labels):
     """Percent of (class, prototype) pairs that keep to one part: the prototype hits it in at least
-    80 % of the class's images that show it. hits (n, K, M), visible (n, M), labels (n,).
-    """
+    80 % of the class's images that show it. hits (n, K, M), visible (n, M), labels (n,)."""
     visible = visible.bool()
     hit = class_sums(hits.bool() & visible[:, None], labels)  # (C, K, M)
     seen = class_sums(visible, labels)  # (C, M)
@@ -99,8 +96,7 @@ def consistency(hits, visible, labels):
 
 def stability(hits, noisy_hits, labels):
     """Percent of a class's images in which noise leaves a prototype's set of hit parts unchanged,
-    averaged over (class, prototype) pairs. hits, noisy_hits (n, K, M), labels (n,).
-    """
+    averaged over (class, prototype) pairs. hits, noisy_hits (n, K, M), labels (n,)."""
     unchanged = (hits == noisy_hits).all(2)  # (n, K)
     images = class_sums(torch.ones_like(unchanged), labels)
     share = class_sums(unchanged, labels) / images  # (C, K)
@@ -110,8 +106,7 @@ def stability(hits, noisy_hits, labels):
 # ---- 2. The three views of a test image --------------------------------------------------------
 class Views(Dataset):
     """A test image as the classifier sees it, and cropped to its box without and with noise.
-    The noise depends on (seed, index) alone: batch size, workers and order change nothing.
-    """
+    The noise depends on (seed, index) alone: batch size, workers and order change nothing."""
 
     def __init__(self, folder, split, image_size, seed, grid):
         self.test = data.Images(folder, split, "test", image_size)
@@ -133,9 +128,8 @@ class Views(Dataset):
                     keypoints=keypoints, index=index)
 
     def inside_box(self, index, size):
-        """bool (h, w): which patches of the test view have their centre in the box of the image,
-        whose file has that size (width, height).
-        """
+        """bool (h, w): the patches of the test view whose centre is in the box of the image.
+        size: width and height of its file."""
         x, y, width, height = self.test.boxes[index].tolist()
         corners = np.array([[x, y], [x + width, y + height]])
         low, high = data.test_points(corners, size, self.image_size)
@@ -168,8 +162,7 @@ def collect(model, views, owners, batch_size, workers, amp, gallery):
     """One pass over this process's run of the images -> number of right classes, key points
     [(B, M, 3)], and for every layer with K prototypes a dict: peaks and noisy_peaks [(B, K-1, 2)],
     won_inside and won_outside (K,), the patches won inside and outside the box, map_sums
-    (C or 1, K-1, h, w), the sums of the maps over the images of each owner.
-    """
+    (C or 1, K-1, h, w), the sums of the maps over the images of each owner."""
     rank, world = 0, 1
     if dist.is_available() and dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
@@ -227,16 +220,14 @@ def gather(correct, keypoints, layers):
 
 # ---- 4. From what was collected to the metrics -------------------------------------------------
 def foreground(wins):
-    """wins (K,): patches won, the background last -> percent won by concepts; None without any."""
+    """wins (K,): patches won, the background last -> percent won by concepts; None of none."""
     total = wins.sum().item()
-    won = total - wins[-1].item()
-    return 100 * won / total if total else None
+    return 100 * (total - wins[-1].item()) / total if total else None
 
 
 def peak_spreads(peaks, owners):
     """peaks (n, K-1, 2) -> (K-1,): root mean square distance of each concept's peaks from their
-    mean over the images of an owner, pixels of the frame. A spread of 0 is one fixed spot.
-    """
+    mean over the images of an owner, pixels of the frame. A spread of 0 is one fixed spot."""
     distances = torch.zeros(peaks.shape, dtype=torch.float64)
     for owner in owners.unique():
         own = peaks[owners == owner].double()
@@ -246,8 +237,7 @@ def peak_spreads(peaks, owners):
 
 def parts_hit(hits, visible, parts):
     """hits (n, K-1, M), visible (n, M) -> for each concept the three parts that it hits in most
-    images, a list of [name, percent of the images that show the part].
-    """
+    images, a list of [name, percent of the images that show the part]."""
     counts = hits.sum(0).double()  # (K-1, M)
     shares = 100 * counts / visible.sum(0).clamp(min=1)
     ranking = counts + shares / 101  # of equal counts the higher share comes first
@@ -264,8 +254,7 @@ def layer_metrics(layer, keypoints, labels, owners, parts, seed):
     Selectivity is the foreground share inside and outside the box. The part metrics reward
     looking at one spot, and a map that never moves is perfectly stable. Two controls tell:
     constant_location scores the peaks of each prototype's mean map over the test images,
-    random_location peaks drawn anew for every image.
-    """
+    random_location peaks drawn anew for every image."""
     peaks = torch.cat(layer["peaks"])  # (n, K-1, 2)
     spreads = peak_spreads(peaks, owners)
     wins = layer["won_inside"] + layer["won_outside"]
@@ -298,7 +287,7 @@ def layer_metrics(layer, keypoints, labels, owners, parts, seed):
         stability=stability(hits, noisy_hits, labels),
         constant_location=constant,
         over_constant=score - constant,
-        random_location=sum(random_scores) / RANDOM_DRAWS)
+        random_location=np.mean(random_scores).item())
     if len(layer["map_sums"]) == 1:  # else concept k is another one in every class
         metrics["parts_hit"] = parts_hit(hits, visible, parts)
     return metrics
@@ -310,19 +299,17 @@ def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, see
     """Accuracy, and the metrics of every concept layer -> dict, as in metrics.json.
     folder, split: what data.Images reads. amp: bf16 autocast. recipe: a dict that names the
     method in the protocol. gallery: explore.gallery.Gallery, which is shown every batch.
-    Raises ValueError where the model's output is not finite.
-    """
+    Raises ValueError where the model's output is not finite."""
     views = Views(folder, split, image_size, seed, model.grid)
     labels, parts = views.test.labels, views.test.parts
     owners = labels if model.class_specific else torch.zeros_like(labels)
     was_training = model.training
     model.eval()
     found = collect(model, views, owners, batch_size, workers, amp, gallery)
+    model.train(was_training)
     if dist.is_available() and dist.is_initialized():
         found = gather(*found)
     correct, keypoints, collected = found
-    model.train(was_training)
-
     keypoints = torch.cat(keypoints)
     layers = []
     for l, layer in enumerate(collected):

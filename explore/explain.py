@@ -17,8 +17,8 @@ from explore.gallery import concept_colours, panels, to_image
 
 
 class Explanation(NamedTuple):
-    classes: list  # (name, percent) of the five likeliest
-    votes: list    # (name, vote, colour) of the coarse concepts
+    classes: dict  # name -> percent, the five likeliest
+    votes: dict    # name of a coarse concept -> vote
     maps: list     # (K, h, w) of every layer
     colours: list  # of every layer: (r, g, b) of K - 1 concepts
 
@@ -29,57 +29,57 @@ def explain(model, image, class_names, amp=False):
 
     A coarse concept's vote is its score of the winner less that of the runner-up, over G. Above
     zero it speaks for the winner. The votes sum to the margin between the two logits. Where every
-    class has prototypes of its own, those of the other classes have one vote together.
-    """
+    class has prototypes of its own, those of the other classes have one vote together."""
     output = evaluate.forward(model, image[None], amp=amp)
     logits = output.logits[0].float()
-    percents, order = (100 * logits.softmax(0)).sort(descending=True, stable=True)
-    names = [class_names[c] for c in order[:5].tolist()]
-    parents = [groups[0].argmax(1).tolist() for groups in output.groups]
-    colours = concept_colours(model.prototypes, parents)
+    percents = 100 * logits.softmax(0)
+    order = logits.argsort(descending=True, stable=True).tolist()
+    classes = {class_names[c]: percents[c].item() for c in order[:5]}
 
-    winner, runner_up = order[:2].tolist()
-    votes = []
+    winner, runner_up = order[:2]
+    votes = {}
     if output.concept_logits is not None:
         scores = output.concept_logits[0].float()  # (G, C)
         differences = (scores[:, winner] - scores[:, runner_up]) / len(scores)
-        for g, vote in enumerate(differences.tolist()):
-            votes.append((f"concept {g + 1}", vote, colours[-1][g]))
+        for g, vote in enumerate(differences.tolist(), start=1):
+            votes[f"concept {g}"] = vote
     if model.class_specific:
         margin = (logits[winner] - logits[runner_up]).item()
-        rest = margin - sum(vote for _, vote, _ in votes)
-        votes.append(("prototypes of other classes", rest, (128, 128, 128)))
+        votes["prototypes of other classes"] = margin - sum(votes.values())
     maps = [layer[0].cpu() for layer in output.attention]
-    classes = list(zip(names, percents.tolist()))
-    return Explanation(classes, votes, maps, colours)
+    parents = [groups[0].argmax(1).tolist() for groups in output.groups]
+    return Explanation(classes, votes, maps, concept_colours(model.prototypes, parents))
 
 
 def describe(explanation):
-    """The explanation as lines of text, each with its colour."""
+    """The explanation as lines of text; the votes come last."""
     lines = []
-    for rank, (name, percent) in enumerate(explanation.classes, start=1):
-        lines.append((f"{rank}. {name}  {percent:.1f} %", "black"))
-    total = sum(vote for _, vote, _ in explanation.votes)
-    header = f"votes for the first class against the second, in all {total:+.2f}"
-    if not explanation.votes:
-        header = "no votes: the classes are read from the cls token"
-    lines.append((header, "black"))
-    for name, vote, colour in explanation.votes:
-        lines.append((f"{name}  {vote:+.2f}", colour))
+    for name, percent in explanation.classes.items():
+        lines.append(f"{percent:5.1f} %  {name}")
+    total = sum(explanation.votes.values())
+    if explanation.votes:
+        lines.append(f"votes for the first class against the second, in all {total:+.2f}:")
+    else:
+        lines.append("no votes: the classes are read from the cls token")
+    for name, vote in explanation.votes.items():
+        lines.append(f"{vote:+6.2f}  {name}")
     return lines
 
 
 def draw(picture, explanation):
-    """picture (3, S, S) uint8 -> PIL image: the regions of all layers above the text."""
+    """picture (3, S, S) uint8 -> PIL image: the regions of all layers, then the text, in which a
+    concept's vote has its colour."""
     row = panels(picture, torch.zeros(0, 3), explanation.maps, explanation.colours)
     strip = to_image(row, len(row))
     lines = describe(explanation)
+    colours = ["black"] * (len(lines) - len(explanation.votes))
+    colours += explanation.colours[-1] + ["grey"]
     height = strip.height + 22 * len(lines) + 8
     sheet = Image.new("RGB", (max(480, strip.width), height), "white")
     sheet.paste(strip)
     font = ImageFont.load_default(16)
-    for i, (line, colour) in enumerate(lines):
-        ImageDraw.Draw(sheet).text((8, strip.height + 22 * i), line, colour, font)
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(sheet).text((8, strip.height + 22 * i), line, colours[i], font)
     return sheet
 
 
@@ -99,7 +99,7 @@ def explain_files(model, paths, checkpoint, amp, out):
         target = out / f"{number}_{file.stem}.png"
         draw(data.denormalize(image), explanation).save(target)
         print(f"{file}, drawn in {target}")
-        print("\n".join(line for line, _ in describe(explanation)), end="\n\n")
+        print("\n".join(describe(explanation)), end="\n\n")
 
 
 def main(argv=None):

@@ -33,8 +33,7 @@ def concept_colours(prototypes, parents):
     """-> RGB colours (r, g, b) of the K - 1 concepts of every layer.
 
     parents: for every prompted layer the coarse concept that each fine one joins most, K - 1
-    numbers. A layer without parents has a hue for each of its concepts.
-    """
+    numbers. A layer without parents has a hue for each of its concepts."""
     layers = []
     for l, K in enumerate(prototypes):
         colours = []

@@ -146,17 +146,18 @@ def test_the_pages(tmp_path, grouped):
 def test_votes_sum_to_the_margin_of_the_logits():
     model, image = FakeModel(), FakeImages()[0][0]
     found = explain.explain(model, image, FakeImages.classes)
-    assert [name for name, _ in found.classes] == FakeImages.classes
-    assert sum(percent for _, percent in found.classes) == pytest.approx(100, abs=1e-3)
-    assert [vote for _, vote, _ in found.votes] == [1.0, -0.5]  # over G = 2
+    assert list(found.classes) == FakeImages.classes
+    assert sum(found.classes.values()) == pytest.approx(100, abs=1e-3)
+    assert found.votes == {"concept 1": 1.0, "concept 2": -0.5}  # over G = 2
     model.class_specific = True
-    *_, (name, rest, _) = explain.explain(model, image, FakeImages.classes).votes
-    assert "other classes" in name and rest == pytest.approx(0.25)
-    lines = [line for line, _ in explain.describe(found)]
-    assert lines[0].startswith("1. 001.Black_<b>bird") and "in all +0.50" in lines[2]
-    assert lines[3:] == ["concept 1  +1.00", "concept 2  -0.50"]
-    colours = [colour for _, colour in explain.describe(found)][3:]
-    assert colours == found.colours[-1]  # the votes wear the colours of the regions
+    votes = explain.explain(model, image, FakeImages.classes).votes
+    assert votes["prototypes of other classes"] == pytest.approx(0.25)
+    lines = explain.describe(found)
+    assert lines[0] == " 62.2 %  001.Black_<b>bird" and "in all +0.50" in lines[2]
+    assert lines[3:] == [" +1.00  concept 1", " -0.50  concept 2"]
+    sheet = explain.draw(torch.zeros(3, 56, 56, dtype=torch.uint8), found)
+    shown = {colour for _, colour in sheet.getcolors(10 ** 6)}
+    assert set(found.colours[-1]) <= shown  # a vote has the colour of its concept's regions
     assert hue(found.colours[0][1]) == pytest.approx(hue(found.colours[1][1]), abs=0.02)
 
 
@@ -176,7 +177,7 @@ def test_the_scripts(tmp_path, monkeypatch, capsys):
     drawn = sorted(file.name for file in (tmp_path / "run" / "explained").iterdir())
     assert drawn == ["1_a.png", "2_b.png", "3_a.png"] and len(list(birds.iterdir())) == 3
     evaluate.main([*ckpt, "--image", str(birds / "b.png")])
-    assert "concept 2  -0.50" in capsys.readouterr().out
+    assert "-0.50  concept 2" in capsys.readouterr().out
     gallery.main([*ckpt, "--strip", str(tmp_path / "strip.jpg"), "--images", "3", "7"])
     assert Image.open(tmp_path / "strip.jpg").size == (3 * 61 + 5, 2 * 61 + 5)
     with pytest.raises(ValueError, match="expected numbers from 0 to 11"):
