@@ -49,11 +49,12 @@ def find_peaks(maps):
     n, K, h, w = maps.shape
     rows = upsampling_matrix(h).to(maps.device)
     columns = upsampling_matrix(w).to(maps.device)
+    concepts = torch.arange(K, device=maps.device)
     peaks = torch.zeros(n, K, 2, dtype=torch.long, device=maps.device)
     for i in range(n):  # one image fits the cache: five times as fast as all at once
         upsampled = (rows @ maps[i].double() @ columns.T).float()  # (K, FRAME, FRAME)
         y = upsampled.amax(2).argmax(1)  # argmax returns the first of equal values
-        x = upsampled[torch.arange(K), y].argmax(1)
+        x = upsampled[concepts, y].argmax(1)
         peaks[i] = torch.stack([x, y], dim=1)
     return peaks
 

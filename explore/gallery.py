@@ -220,24 +220,26 @@ class Gallery:
         heads = "".join(f"<th>layer {l + 1}" for l in range(len(self.groups)))
         text = f"{HIERARCHY}<tr><th>layer {len(colours)}{heads}"
         for g, colour in enumerate(colours[-1]):
-            text += "<tr><td>" + thumbnail(len(colours), g + 1, colour)
+            text += "<tr><td>" + self.thumbnail(len(colours) - 1, g, colour, "")
             for l, groups in enumerate(self.groups):
                 text += "<td>"
                 parents = groups.argmax(1).tolist()
                 for k, parent in enumerate(parents):
                     if parent == g and self.claims[l][k]:
                         share = 100 * groups[k, g] / groups[k].sum()
-                        text += thumbnail(l + 1, k + 1, colours[l][k]) + f"{share:.0f} %</div>"
+                        text += self.thumbnail(l, k, colours[l][k], f"{share:.0f} %")
         return text + "</table>"
+
+    def thumbnail(self, l, k, colour, note):
+        """A concept's strongest claim, its number and a note."""
+        image = ""
+        if self.claims[l][k]:
+            image = f"<img src='pictures/concept_{l + 1}_{k + 1}.jpg' alt=''>"
+        return f"<div class=first><div>{image}</div>{chip(k + 1, colour)} {note}</div>"
 
 
 def chip(number, colour):
     return f"<i style='background:rgb{colour}'>{number}</i>"
-
-
-def thumbnail(l, k, colour):
-    image = f"<img src='pictures/concept_{l}_{k}.jpg' alt=''>"
-    return f"<div class=first><div>{image}</div>{chip(k, colour)} "
 
 
 def curves_section(log):
@@ -266,16 +268,22 @@ def curves_section(log):
 
 PAGE = """<!doctype html><meta charset=utf-8><title>IVPT</title><style>
 body {{ font: 15px/1.5 sans-serif; color: #222; max-width: 1180px; margin: auto; padding: 9px }}
-figure {{ margin: 0 0 14px }} img {{ display: block; width: 100% }} pre {{ overflow-x: auto }}
+figure {{ margin: 0 0 14px }}
+img {{ display: block; width: 100% }}
+pre {{ overflow-x: auto }}
 i {{ display: inline-block; min-width: 20px; margin: 1px; border-radius: 3px; text-align: center;
     color: white; text-shadow: 0 0 2px black; font: 12px/18px sans-serif }}
-.right {{ color: #17663a }} .wrong {{ color: #a32020 }} polyline {{ fill: none; stroke: #2563a8 }}
-.legend {{ position: sticky; top: 0; background: white; padding: 6px 0; display: grid; gap: 5px;
-          grid-auto-flow: column; grid-auto-columns: 1fr }} text {{ font-size: 11px }}
+td, th {{ border-top: 1px solid #ddd; text-align: left; vertical-align: top; padding: 4px }}
+text {{ font-size: 11px }}
+polyline {{ fill: none; stroke: #2563a8 }}
+.right {{ color: #17663a }}
+.wrong {{ color: #a32020 }}
+.legend {{ position: sticky; top: 0; background: white; padding: 6px 0 }}
+.legend {{ display: grid; gap: 5px; grid-auto-flow: column; grid-auto-columns: 1fr }}
 .cards {{ display: grid; gap: 20px; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)) }}
 .first {{ display: inline-block; width: 76px; margin: 3px; font-size: 12px }}
-.first div {{ height: 76px; overflow: hidden }} .first img {{ width: 300% }}
-td, th {{ border-top: 1px solid #ddd; text-align: left; vertical-align: top; padding: 4px }}
+.first div {{ height: 76px; overflow: hidden }}
+.first img {{ width: 300% }}
 </style><h1>What each concept sees</h1>{links}{body}
 """
 REGIONS = """<p>The image with its key points, the regions of every layer; pale is background.
