@@ -145,8 +145,7 @@ class Views(Dataset):
 # ---- 3. One pass over the images, three forwards each ------------------------------------------
 def forward(model, images, labels=None, amp=False):
     """-> Output of a batch. ValueError where it is not finite: argmax would take NaN for a peak.
-    labels: whose prototypes' maps are shown, where every class has its own; default: predictions.
-    """
+    labels: where every class has prototypes, whose maps are shown; default: the predictions'."""
     device = next(model.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
         if model.class_specific and labels is not None:
@@ -253,9 +252,9 @@ def parts_hit(hits, visible, parts):
 def layer_metrics(layer, keypoints, labels, owners, parts, seed):
     """From what collect found of a layer to its metrics, a dict; keypoints (n, M, 3).
     Selectivity is the foreground share inside and outside the box. The part metrics reward
-    looking at one spot, and a map that never moves is perfectly stable. Two controls tell:
-    constant_location scores the peaks of each prototype's mean map over the test images,
-    random_location peaks drawn anew for every image."""
+    looking at one spot, and a map that never moves is perfectly stable. Two controls say what
+    place alone earns: constant_location scores the peaks of each prototype's mean map over the
+    test images, random_location peaks drawn anew for every image."""
     peaks = torch.cat(layer["peaks"])  # (n, K-1, 2)
     spreads = peak_spreads(peaks, owners)
     wins = layer["won_inside"] + layer["won_outside"]
@@ -303,6 +302,7 @@ def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, see
     Raises ValueError where the model's output is not finite."""
     views = Views(folder, split, image_size, seed, model.grid)
     labels, parts = views.test.labels, views.test.parts
+    # Whose prototypes an image shows: those of its class, or (0) those that all images share.
     owners = labels if model.class_specific else torch.zeros_like(labels)
     was_training = model.training
     model.eval()
