@@ -1,12 +1,12 @@
-"""Evaluate IVPT (ICLR 2026, arXiv 2503.06084): accuracy, consistency, stability, and their controls.
+"""Evaluate IVPT (ICLR 2026, arXiv 2503.06084): accuracy, consistency, stability, their controls.
 
     python evaluate.py --ckpt runs/cub/last.pt                       # table, and RUN/metrics.json
     python evaluate.py --ckpt runs/cub/last.pt --visualize pictures  # and pictures/index.html
     python evaluate.py --ckpt runs/cub/last.pt --image bird.jpg      # why it got its class
     torchrun --nproc_per_node=4 evaluate.py --ckpt runs/cub/last.pt  # the same from four GPUs
 
-Consistency and stability are those of Huang et al. 2023 (arXiv 2212.05946), for every concept layer.
-On CUB the hit test matches their code, except where a box leaves the image. With fractional
+Consistency and stability are those of Huang et al. 2023 (arXiv 2212.05946), for every layer. On
+CUB the hit test matches their code, except where a box leaves the image. With fractional
 annotations results differ slightly: their code truncates them. Letters in shapes: see model.py.
 """
 import argparse
@@ -36,7 +36,7 @@ PART_METRICS = ("consistency", "stability", "constant_location", "over_constant"
 NO_KEYPOINTS = "No consistency and no stability: the data has no key points (parts/parts.txt)."
 
 
-# ---- 1. The metrics: maps -> peaks -> hit parts -> percentages ------------------------------------
+# ---- 1. The metrics: maps -> peaks -> hit parts -> percentages ---------------------------------
 def upsampling_matrix(side):
     """(FRAME, side) fp64: bicubic upsampling of a column, with half-pixel centres."""
     identity = torch.eye(side, dtype=torch.float64)
@@ -45,24 +45,23 @@ def upsampling_matrix(side):
 
 def find_peaks(maps):
     """maps (n, K, h, w) -> (n, K, 2): x, y of each map's maximum once upsampled to FRAME x FRAME,
-    the first one row by row. Products in fp64, rounded to fp32, let equal patches tie exactly.
-    """
+    the first one row by row. Products in fp64, rounded to fp32, let equal patches tie exactly."""
     n, K, h, w = maps.shape
     rows = upsampling_matrix(h).to(maps.device)
     columns = upsampling_matrix(w).to(maps.device)
+    concepts = torch.arange(K, device=maps.device)
     peaks = torch.zeros(n, K, 2, dtype=torch.long, device=maps.device)
     for i in range(n):  # one image fits the cache: five times as fast as all at once
         upsampled = (rows @ maps[i].double() @ columns.T).float()  # (K, FRAME, FRAME)
         y = upsampled.amax(2).argmax(1)  # argmax returns the first of equal values
-        x = upsampled[torch.arange(K), y].argmax(1)
+        x = upsampled[concepts, y].argmax(1)
         peaks[i] = torch.stack([x, y], dim=1)
     return peaks
 
 
 def hits_of(peaks, keypoints, half_size=HALF_SIZE):
     """peaks (n, K, 2), keypoints (n, M, 3) in the frame -> bool (n, K, M): the visible parts in
-    each prototype's region, which is peak +- half_size clipped to [0, FRAME], ends inclusive.
-    """
+    each prototype's region, which is peak +- half_size clipped to [0, FRAME], ends inclusive."""
     points = keypoints[:, None, :, :2]  # (n, 1, M, 2)
     visible = keypoints[:, None, :, 2] > 0
     near = (points - peaks[:, :, None]).abs() <= half_size
@@ -71,12 +70,12 @@ def hits_of(peaks, keypoints, half_size=HALF_SIZE):
 
 
 def part_hits(attention, keypoints, half_size=HALF_SIZE):
-    """attention (n, K, h, w) of the foreground, keypoints (n, M, 3) in the frame -> bool (n, K, M)."""
+    """Maps (n, K, h, w) without background, keypoints (n, M, 3) in the frame -> bool (n, K, M)."""
     return hits_of(find_peaks(attention).to(keypoints.device), keypoints, half_size)
 
 
 def class_sums(values, labels):
-    """values (n, ...), labels (n,) -> fp64 sums over the images of each class that has any (C, ...)."""
+    """values (n, ...), labels (n,) -> fp64 sums over each class that has images, (C, ...)."""
     labels = torch.as_tensor(labels, device=values.device)
     if len(labels) == 0:
         raise ValueError("consistency, stability: no images, expected the hits of a test set")
@@ -87,8 +86,7 @@ def class_sums(values, labels):
 
 def consistency(hits, visible, labels):
     """Percent of (class, prototype) pairs that keep to one part: the prototype hits it in at least
-    80 % of the class's images that show it. hits (n, K, M), visible (n, M), labels (n,).
-    """
+    80 % of the class's images that show it. hits (n, K, M), visible (n, M), labels (n,)."""
     visible = visible.bool()
     hit = class_sums(hits.bool() & visible[:, None], labels)  # (C, K, M)
     seen = class_sums(visible, labels)  # (C, M)
@@ -99,19 +97,17 @@ def consistency(hits, visible, labels):
 
 def stability(hits, noisy_hits, labels):
     """Percent of a class's images in which noise leaves a prototype's set of hit parts unchanged,
-    averaged over (class, prototype) pairs. hits, noisy_hits (n, K, M), labels (n,).
-    """
+    averaged over (class, prototype) pairs. hits, noisy_hits (n, K, M), labels (n,)."""
     unchanged = (hits == noisy_hits).all(2)  # (n, K)
     images = class_sums(torch.ones_like(unchanged), labels)
     share = class_sums(unchanged, labels) / images  # (C, K)
     return 100 * share.mean().item()
 
 
-# ---- 2. The three views of a test image -----------------------------------------------------------
+# ---- 2. The three views of a test image --------------------------------------------------------
 class Views(Dataset):
     """A test image as the classifier sees it, and cropped to its box without and with noise.
-    The noise depends on (seed, index) alone: batch size, workers and order change nothing.
-    """
+    The noise depends on (seed, index) alone: batch size, workers and order change nothing."""
 
     def __init__(self, folder, split, image_size, seed, grid):
         self.test = data.Images(folder, split, "test", image_size)
@@ -133,9 +129,8 @@ class Views(Dataset):
                     keypoints=keypoints, index=index)
 
     def inside_box(self, index, size):
-        """bool (h, w): which patches of the test view have their centre in the box of the image,
-        whose file has that size (width, height).
-        """
+        """bool (h, w): the patches of the test view whose centre is in the box of the image.
+        size: width and height of its file."""
         x, y, width, height = self.test.boxes[index].tolist()
         corners = np.array([[x, y], [x + width, y + height]])
         low, high = data.test_points(corners, size, self.image_size)
@@ -147,11 +142,10 @@ class Views(Dataset):
         return in_rows[:, None] & in_columns
 
 
-# ---- 3. One pass over the images, three forwards each ---------------------------------------------
+# ---- 3. One pass over the images, three forwards each ------------------------------------------
 def forward(model, images, labels=None, amp=False):
     """-> Output of a batch. ValueError where it is not finite: argmax would take NaN for a peak.
-    labels: whose prototypes' maps are shown, where every class has its own; default: predictions.
-    """
+    labels: where every class has prototypes, whose maps are shown; default: the predictions'."""
     device = next(model.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
         if model.class_specific and labels is not None:
@@ -168,8 +162,7 @@ def collect(model, views, owners, batch_size, workers, amp, gallery):
     """One pass over this process's run of the images -> number of right classes, key points
     [(B, M, 3)], and for every layer with K prototypes a dict: peaks and noisy_peaks [(B, K-1, 2)],
     won_inside and won_outside (K,), the patches won inside and outside the box, map_sums
-    (C or 1, K-1, h, w), the sums of the maps over the images of each owner.
-    """
+    (C or 1, K-1, h, w), the sums of the maps over the images of each owner."""
     rank, world = 0, 1
     if dist.is_available() and dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
@@ -183,7 +176,8 @@ def collect(model, views, owners, batch_size, workers, amp, gallery):
     num_owners = int(owners.max()) + 1
     for K in model.prototypes:
         map_sums = torch.zeros(num_owners, K - 1, *model.grid, dtype=torch.float64)
-        layers.append(dict(peaks=[], noisy_peaks=[], won_inside=0, won_outside=0, map_sums=map_sums))
+        layers.append(dict(
+            peaks=[], noisy_peaks=[], won_inside=0, won_outside=0, map_sums=map_sums))
     for batch in tqdm(loader, leave=False, disable=True if rank else None):
         labels, inside = batch["label"], batch["inside"]
         # The classifier learnt from uncropped views, and only these have an outside of the box.
@@ -224,18 +218,16 @@ def gather(correct, keypoints, layers):
     return correct, keypoints, layers
 
 
-# ---- 4. From what was collected to the metrics ----------------------------------------------------
+# ---- 4. From what was collected to the metrics -------------------------------------------------
 def foreground(wins):
-    """wins (K,): patches won, the background last -> percent won by concepts; None without any."""
+    """wins (K,): patches won, the background last -> percent won by concepts; None of none."""
     total = wins.sum().item()
-    won = total - wins[-1].item()
-    return 100 * won / total if total else None
+    return 100 * (total - wins[-1].item()) / total if total else None
 
 
 def peak_spreads(peaks, owners):
     """peaks (n, K-1, 2) -> (K-1,): root mean square distance of each concept's peaks from their
-    mean over the images of an owner, pixels of the frame. A spread of 0 is one fixed spot.
-    """
+    mean over the images of an owner, pixels of the frame. A spread of 0 is one fixed spot."""
     distances = torch.zeros(peaks.shape, dtype=torch.float64)
     for owner in owners.unique():
         own = peaks[owners == owner].double()
@@ -245,9 +237,8 @@ def peak_spreads(peaks, owners):
 
 def parts_hit(hits, visible, parts):
     """hits (n, K-1, M), visible (n, M) -> for each concept the three parts that it hits in most
-    images, a list of [name, percent of the images that show the part].
-    """
-    counts = hits.sum(0)  # (K-1, M)
+    images, a list of [name, percent of the images that show the part]."""
+    counts = hits.sum(0).double()  # (K-1, M)
     shares = 100 * counts / visible.sum(0).clamp(min=1)
     ranking = counts + shares / 101  # of equal counts the higher share comes first
     orders = ranking.argsort(dim=1, descending=True, stable=True)
@@ -260,12 +251,10 @@ def parts_hit(hits, visible, parts):
 
 def layer_metrics(layer, keypoints, labels, owners, parts, seed):
     """From what collect found of a layer to its metrics, a dict; keypoints (n, M, 3).
-
     Selectivity is the foreground share inside and outside the box. The part metrics reward
-    looking at one spot, and a map that never moves is perfectly stable. Two controls tell:
-    constant_location scores the peaks of each prototype's mean map over the test images,
-    random_location peaks drawn anew for every image.
-    """
+    looking at one spot, and a map that never moves is perfectly stable. Two controls say what
+    place alone earns: constant_location scores the peaks of each prototype's mean map over the
+    test images, random_location peaks drawn anew for every image."""
     peaks = torch.cat(layer["peaks"])  # (n, K-1, 2)
     spreads = peak_spreads(peaks, owners)
     wins = layer["won_inside"] + layer["won_outside"]
@@ -298,7 +287,7 @@ def layer_metrics(layer, keypoints, labels, owners, parts, seed):
         stability=stability(hits, noisy_hits, labels),
         constant_location=constant,
         over_constant=score - constant,
-        random_location=sum(random_scores) / RANDOM_DRAWS)
+        random_location=np.mean(random_scores).item())
     if len(layer["map_sums"]) == 1:  # else concept k is another one in every class
         metrics["parts_hit"] = parts_hit(hits, visible, parts)
     return metrics
@@ -308,22 +297,20 @@ def layer_metrics(layer, keypoints, labels, owners, parts, seed):
 def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, seed=0, split="test",
              recipe=None, gallery=None):
     """Accuracy, and the metrics of every concept layer -> dict, as in metrics.json.
-
     folder, split: what data.Images reads. amp: bf16 autocast. recipe: a dict that names the
     method in the protocol. gallery: explore.gallery.Gallery, which is shown every batch.
-    Raises ValueError where the model's output is not finite.
-    """
+    Raises ValueError where the model's output is not finite."""
     views = Views(folder, split, image_size, seed, model.grid)
     labels, parts = views.test.labels, views.test.parts
+    # Whose prototypes an image shows: those of its class, or (0) those that all images share.
     owners = labels if model.class_specific else torch.zeros_like(labels)
     was_training = model.training
     model.eval()
     found = collect(model, views, owners, batch_size, workers, amp, gallery)
+    model.train(was_training)
     if dist.is_available() and dist.is_initialized():
         found = gather(*found)
     correct, keypoints, collected = found
-    model.train(was_training)
-
     keypoints = torch.cat(keypoints)
     layers = []
     for l, layer in enumerate(collected):
@@ -340,44 +327,38 @@ def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, see
                 protocol=protocol)
 
 
-COLUMNS = (  # title in the table, name in metrics.json, format
-    ("K", "prototypes", "d"),
-    ("consist", "consistency", ".1f"),
-    ("const.loc", "constant_location", ".1f"),
-    ("beats c.", "over_constant", "+.1f"),
-    ("random", "random_location", ".1f"),
-    ("stable", "stability", ".1f"),
-    ("spread", "peak_spread", ".0f"),
-    ("winning", "winning", ".0f"),
-    ("fg", "foreground", ".1f"),
-    ("fg in", "foreground_inside", ".1f"),
-    ("fg out", "foreground_outside", ".1f"))
-LEGEND = """\
-* the headline. const.loc: consistency of one fixed spot, the peak of each concept's mean map; random:
-of random spots; beats c.: consistency above const.loc. stable: stability; a spot that never moves has
-100. spread: root mean square distance of a concept's peaks from their mean, px of 224. winning:
-concepts that win any patch. fg, fg in, fg out: patches won by concepts, in all, inside and outside
-the box. All in percent, but K and spread."""
+ROWS = (  # of the table: name in metrics.json, meaning; percent, if nothing else is said
+    ("prototypes", "number, the background included"),
+    ("consistency", "concepts that keep to one part, averaged over classes"),
+    ("constant_location", "consistency of one fixed spot, the peak of each mean map"),
+    ("over_constant", "consistency less constant_location"),
+    ("random_location", "consistency of random spots"),
+    ("stability", "images in which noise changes no hit; a fixed spot has 100"),
+    ("peak_spread", "distance of peaks from their mean, pixels of 224; a fixed spot has 0"),
+    ("winning", "concepts that win any patch"),
+    ("foreground", "patches won by concepts"),
+    ("foreground_inside", "the same inside the box"),
+    ("foreground_outside", "the same outside the box"))
 
 
 def table(metrics):
-    """The metrics as text, for the terminal and for the gallery."""
-    lines = [f"accuracy {metrics['accuracy']:.1f} % on {metrics['protocol']['images']} images"]
-    lines.append(" layer" + "".join(f"{title:>10}" for title, _, _ in COLUMNS))
-    for l, layer in enumerate(metrics["layers"]):
-        line = f"{l + 1:>5}"
-        line += "*" if l == metrics["headline"]["layer"] else " "
-        for _, name, style in COLUMNS:
-            cell = "-" if layer[name] is None else format(layer[name], style)
-            line += f"{cell:>10}"
-        lines.append(line)
-    lines.append(LEGEND)
+    """The metrics as text, for the terminal and for the gallery; * marks the headline."""
+    text = f"accuracy {metrics['accuracy']:.1f} % on {metrics['protocol']['images']} images\n"
+    text += f"{'layer':20}"
+    for l in range(len(metrics["layers"])):
+        text += f"{l + 1:7}" + ("*" if l == metrics["headline"]["layer"] else " ")
+    for name, meaning in ROWS:
+        text += f"\n{name:20}"
+        for layer in metrics["layers"]:
+            value = layer[name]
+            text += f"{'-':>7} " if value is None else f"{round(value, 1):7} "
+        text += f"  {meaning}"
     if metrics["unavailable"]:
-        lines.append(metrics["unavailable"])
-    return "\n".join(lines)
+        text += f"\n{metrics['unavailable']}"
+    return text
 
 
-# ---- 5. The command line --------------------------------------------------------------------------
+# ---- 5. The command line -----------------------------------------------------------------------
 def local_device(kind):
     """This process's device under torchrun: the CPU, or a GPU of its own. kind: cpu or cuda."""
     if kind == "cpu":

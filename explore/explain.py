@@ -1,4 +1,4 @@
-"""Why an image got its class: the likeliest classes, each concept's vote, the regions of all layers.
+"""Why an image got its class: the likeliest ones, each concept's vote, the regions of all layers.
 
     python explore/explain.py --ckpt runs/cub/last.pt bird.jpg folder_of_images --out pictures
 """
@@ -15,12 +15,10 @@ import data
 import evaluate
 from explore.gallery import concept_colours, panels, to_image
 
-GREY = (128, 128, 128)
-
 
 class Explanation(NamedTuple):
-    classes: list  # (name, percent) of the five likeliest
-    votes: list    # (name, vote, colour) of the coarse concepts
+    classes: dict  # name -> percent, the five likeliest
+    votes: dict    # name of a coarse concept -> vote
     maps: list     # (K, h, w) of every layer
     colours: list  # of every layer: (r, g, b) of K - 1 concepts
 
@@ -29,57 +27,59 @@ class Explanation(NamedTuple):
 def explain(model, image, class_names, amp=False):
     """image (3, S, S) normalised -> Explanation.
 
-    A coarse concept's vote is its score of the winner less that of the runner-up, over G: above zero
-    it speaks for the winner. The votes sum to the margin between the two logits. Where every class
-    has prototypes of its own, those of the other classes have one vote together.
-    """
+    A coarse concept's vote is its score of the winner less that of the runner-up, over G. Above
+    zero it speaks for the winner. The votes sum to the margin between the two logits. Where every
+    class has prototypes of its own, those of the other classes have one vote together."""
     output = evaluate.forward(model, image[None], amp=amp)
     logits = output.logits[0].float()
+    percents = 100 * logits.softmax(0)
     order = logits.argsort(descending=True, stable=True).tolist()
-    probabilities = logits.softmax(0).tolist()
-    classes = [(class_names[c], 100 * probabilities[c]) for c in order[:5]]
-    parents = [groups[0].argmax(1).tolist() for groups in output.groups]
-    colours = concept_colours(model.prototypes, parents)
+    classes = {class_names[c]: percents[c].item() for c in order[:5]}
 
-    winner, runner_up = order[0], order[:2][-1]  # where there is one class, it is both
-    votes = []
+    winner, runner_up = order[:2]
+    votes = {}
     if output.concept_logits is not None:
         scores = output.concept_logits[0].float()  # (G, C)
         differences = (scores[:, winner] - scores[:, runner_up]) / len(scores)
-        for g, vote in enumerate(differences.tolist()):
-            votes.append((f"concept {g + 1}", vote, colours[-1][g]))
+        for g, vote in enumerate(differences.tolist(), start=1):
+            votes[f"concept {g}"] = vote
     if model.class_specific:
         margin = (logits[winner] - logits[runner_up]).item()
-        rest = margin - sum(vote for _, vote, _ in votes)
-        votes.append(("prototypes of other classes", rest, GREY))
-    return Explanation(classes, votes, [maps[0].cpu() for maps in output.attention], colours)
+        votes["prototypes of other classes"] = margin - sum(votes.values())
+    maps = [layer[0].cpu() for layer in output.attention]
+    parents = [groups[0].argmax(1).tolist() for groups in output.groups]
+    return Explanation(classes, votes, maps, concept_colours(model.prototypes, parents))
 
 
 def describe(explanation):
-    """The explanation as lines of text, each with its colour."""
+    """The explanation as lines of text; the votes come last."""
     lines = []
-    for rank, (name, percent) in enumerate(explanation.classes, start=1):
-        lines.append((f"{rank}. {name}  {percent:.1f} %", "black"))
-    total = sum(vote for _, vote, _ in explanation.votes)
+    for name, percent in explanation.classes.items():
+        lines.append(f"{percent:5.1f} %  {name}")
+    total = sum(explanation.votes.values())
     if explanation.votes:
-        lines.append((f"votes for the first class against the second, in all {total:+.2f}", "black"))
+        lines.append(f"votes for the first class against the second, in all {total:+.2f}:")
     else:
-        lines.append(("no votes: the classes are read from the cls token", "black"))
-    for name, vote, colour in explanation.votes:
-        lines.append((f"{name}  {vote:+.2f}", colour))
+        lines.append("no votes: the classes are read from the cls token")
+    for name, vote in explanation.votes.items():
+        lines.append(f"{vote:+6.2f}  {name}")
     return lines
 
 
 def draw(picture, explanation):
-    """picture (3, S, S) uint8 -> PIL image: the regions of all layers above the text."""
+    """picture (3, S, S) uint8 -> PIL image: the regions of all layers, then the text, in which a
+    concept's vote has its colour."""
     row = panels(picture, torch.zeros(0, 3), explanation.maps, explanation.colours)
     strip = to_image(row, len(row))
     lines = describe(explanation)
-    sheet = Image.new("RGB", (max(480, strip.width), strip.height + 22 * len(lines) + 8), "white")
+    colours = ["black"] * (len(lines) - len(explanation.votes))
+    colours += explanation.colours[-1] + ["grey"]
+    height = strip.height + 22 * len(lines) + 8
+    sheet = Image.new("RGB", (max(480, strip.width), height), "white")
     sheet.paste(strip)
-    for i, (line, colour) in enumerate(lines):
-        place = (8, strip.height + 22 * i)
-        ImageDraw.Draw(sheet).text(place, line, colour, ImageFont.load_default(16))
+    font = ImageFont.load_default(16)
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(sheet).text((8, strip.height + 22 * i), line, colours[i], font)
     return sheet
 
 
@@ -87,8 +87,10 @@ def explain_files(model, paths, checkpoint, amp, out):
     """Explains images, and all images of folders: prints the text, draws out/NUMBER_NAME.png."""
     files = []
     for path in map(Path, paths):
-        found = sorted(path.iterdir()) if path.is_dir() else [path]
-        files += [file for file in found if file == path or is_image_file(file.name)]
+        if path.is_dir():
+            files += sorted(file for file in path.iterdir() if is_image_file(file.name))
+        else:
+            files.append(path)
     out.mkdir(parents=True, exist_ok=True)
     for number, file in enumerate(files, start=1):
         image = data.read_image(file, upright=True)
@@ -96,8 +98,8 @@ def explain_files(model, paths, checkpoint, amp, out):
         explanation = explain(model, image, checkpoint["classes"], amp)
         target = out / f"{number}_{file.stem}.png"
         draw(data.denormalize(image), explanation).save(target)
-        text = "\n".join(line for line, _ in describe(explanation))
-        print(f"{file}, drawn in {target}\n{text}\n")
+        print(f"{file}, drawn in {target}")
+        print("\n".join(describe(explanation)), end="\n\n")
 
 
 def main(argv=None):

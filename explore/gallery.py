@@ -1,6 +1,6 @@
 """The gallery: what every concept of a trained model sees, as one HTML page with its pictures.
 
-    python evaluate.py --ckpt runs/cub/last.pt --visualize pictures     # then open pictures/index.html
+    python evaluate.py --ckpt runs/cub/last.pt --visualize pictures  # open pictures/index.html
     python explore/gallery.py --ckpt runs/cub/last.pt --strip regions.jpg --images 1 2 3
 
 Maps are upsampled to the image before the argmax, so regions have smooth borders. Colours mean the
@@ -28,13 +28,12 @@ import data
 import evaluate
 
 
-# ---- 1. Pictures ----------------------------------------------------------------------------------
+# ---- 1. Pictures -------------------------------------------------------------------------------
 def concept_colours(prototypes, parents):
     """-> RGB colours (r, g, b) of the K - 1 concepts of every layer.
 
     parents: for every prompted layer the coarse concept that each fine one joins most, K - 1
-    numbers. A layer without parents has a hue for each of its concepts.
-    """
+    numbers. A layer without parents has a hue for each of its concepts."""
     layers = []
     for l, K in enumerate(prototypes):
         colours = []
@@ -83,7 +82,7 @@ def to_image(pictures, columns):
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
 
 
-# ---- 2. What is gathered while the model sees the images ------------------------------------------
+# ---- 2. What is gathered while the model sees the images ---------------------------------------
 class Gallery:
     """images: data.Images in the test view. chosen: indices of those whose regions are shown."""
 
@@ -94,10 +93,10 @@ class Gallery:
             chosen = np.linspace(0, len(images) - 1, min(24, len(images))).astype(int).tolist()
         self.chosen = chosen
         self.examples = {}  # index -> maps [(K, h, w)] of every layer, class, its probability
-        # Of every concept the nine strongest claims: strength, index, margin (h, w). Strength is its
-        # attention in the patches that it wins, margin its attention less the best of the others.
+        # Of every concept the nine strongest claims: strength, index, margin (h, w). Strength is
+        # its attention in the patches that it wins; margin its attention less the best of others.
         self.claims = [[[] for _ in range(K - 1)] for K in model.prototypes]
-        self.groups = []  # of every prompted layer (K - 1, G): sums over images where a concept wins
+        self.groups = []  # of prompted layers (K - 1, G): sums over images where a concept wins
 
     def add(self, output, indices):
         """An Output in the test view, and the indices (B,) of its images."""
@@ -107,14 +106,13 @@ class Gallery:
             if index in self.chosen:
                 maps = [layer[i].clone() for layer in layers]
                 self.examples[index] = maps, classes[i].item(), probabilities[i].item()
+        if not self.groups:
+            self.groups = [0] * len(output.groups)
         for l, maps in enumerate(layers):
             wins = self.add_claims(self.claims[l], maps, indices)
-            if l < len(output.groups):
-                groups = (output.groups[l].float().cpu() * wins[:, :, None]).sum(0)
-                if l < len(self.groups):
-                    self.groups[l] += groups
-                else:
-                    self.groups.append(groups)
+            if l < len(self.groups):
+                groups = output.groups[l].float().cpu()  # (B, K-1, G)
+                self.groups[l] += (groups * wins[:, :, None]).sum(0)
 
     def add_claims(self, layer_claims, maps, indices):
         """Keeps the strongest claims of a layer -> bool (B, K-1): where a concept wins a patch."""
@@ -133,14 +131,15 @@ class Gallery:
         return wins
 
     def colours(self):
-        return concept_colours(self.prototypes, [groups.argmax(1).tolist() for groups in self.groups])
+        parents = [groups.argmax(1).tolist() for groups in self.groups]
+        return concept_colours(self.prototypes, parents)
 
     def picture(self, index):
         """-> pixels (3, S, S) uint8 and key points (M, 3)."""
         image, _, points, _ = self.images[index]
         return data.denormalize(image), points
 
-    # ---- 3. Drawn afterwards ----------------------------------------------------------------------
+    # ---- 3. Drawn afterwards --------------------------------------------------------------------
     def strip(self, indices):
         """A row for each image: its key points, then the regions of every layer."""
         pictures = []
@@ -156,8 +155,7 @@ class Gallery:
             region = upsample(margin[None], picture.shape[2]) > 0
             pale = 0.3 * picture.float().mean(0) + 150
             tiles.append(torch.where(region, picture, pale.to(torch.uint8)))
-        blank = torch.full_like(tiles[0], 255)
-        return to_image(tiles + [blank] * (9 - len(tiles)), 3)
+        return to_image(tiles, 3)
 
     def write(self, folder, metrics, log):
         """folder/index.html and folder/pictures. metrics: evaluate's dict; log: a log.jsonl."""
@@ -215,21 +213,29 @@ class Gallery:
         return text
 
     def hierarchy_section(self):
-        """A table: a row for each coarse concept, the fine concepts that join it most, by layer."""
+        """A row for each coarse concept: in every layer the fine concepts that join it most."""
         if not self.groups:
             return "<p>This model groups nothing: no hierarchy.</p>"
-        text = HIERARCHY
         colours = self.colours()
+        heads = "".join(f"<th>layer {l + 1}" for l in range(len(self.groups)))
+        text = f"{HIERARCHY}<tr><th>layer {len(colours)}{heads}"
         for g, colour in enumerate(colours[-1]):
-            text += "<tr><td>" + FIRST.format(l=len(colours), k=g + 1, chip=chip(g + 1, colour), note="")
+            text += "<tr><td>" + self.thumbnail(len(colours) - 1, g, colour, "")
             for l, groups in enumerate(self.groups):
                 text += "<td>"
-                shares = groups / groups.sum(1, keepdim=True)  # NaN where a concept never wins
-                for k in (shares.argmax(1) == g).nonzero().flatten().tolist():
-                    if self.claims[l][k]:
-                        text += FIRST.format(l=l + 1, k=k + 1, chip=chip(k + 1, colours[l][k]),
-                                             note=f"{100 * shares[k, g]:.0f} %")
+                parents = groups.argmax(1).tolist()
+                for k, parent in enumerate(parents):
+                    if parent == g and self.claims[l][k]:
+                        share = 100 * groups[k, g] / groups[k].sum()
+                        text += self.thumbnail(l, k, colours[l][k], f"{share:.0f} %")
         return text + "</table>"
+
+    def thumbnail(self, l, k, colour, note):
+        """A concept's strongest claim, its number and a note."""
+        image = ""
+        if self.claims[l][k]:
+            image = f"<img src='pictures/concept_{l + 1}_{k + 1}.jpg' alt=''>"
+        return f"<div class=first><div>{image}</div>{chip(k + 1, colour)} {note}</div>"
 
 
 def chip(number, colour):
@@ -245,7 +251,7 @@ def curves_section(log):
         except ValueError:
             continue  # a line that a kill cut off
         for name, value in row.items():
-            if isinstance(value, (int, float)) and math.isfinite(value):
+            if name != "epoch" and isinstance(value, (int, float)) and math.isfinite(value):
                 curves.setdefault(name, []).append(value)
     text = "<div class=cards>"
     for name, values in curves.items():
@@ -262,41 +268,44 @@ def curves_section(log):
 
 PAGE = """<!doctype html><meta charset=utf-8><title>IVPT</title><style>
 body {{ font: 15px/1.5 sans-serif; color: #222; max-width: 1180px; margin: auto; padding: 9px }}
-figure {{ margin: 0 0 14px }} img {{ display: block; width: 100% }} pre {{ overflow-x: auto }}
+figure {{ margin: 0 0 14px }}
+img {{ display: block; width: 100% }}
+pre {{ overflow-x: auto }}
 i {{ display: inline-block; min-width: 20px; margin: 1px; border-radius: 3px; text-align: center;
-    color: white; font: 12px/18px sans-serif }} td {{ border-top: 1px solid #ddd }}
-.right {{ color: #17663a }} .wrong {{ color: #a32020 }} polyline {{ fill: none; stroke: #2563a8 }}
-.legend {{ position: sticky; top: 0; background: white; padding: 6px 0; display: grid; gap: 5px;
-          grid-auto-flow: column; grid-auto-columns: 1fr }} text {{ font-size: 11px }}
+    color: white; text-shadow: 0 0 2px black; font: 12px/18px sans-serif }}
+td, th {{ border-top: 1px solid #ddd; text-align: left; vertical-align: top; padding: 4px }}
+text {{ font-size: 11px }}
+polyline {{ fill: none; stroke: #2563a8 }}
+.right {{ color: #17663a }}
+.wrong {{ color: #a32020 }}
+.legend {{ position: sticky; top: 0; background: white; padding: 6px 0 }}
+.legend {{ display: grid; gap: 5px; grid-auto-flow: column; grid-auto-columns: 1fr }}
 .cards {{ display: grid; gap: 20px; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)) }}
 .first {{ display: inline-block; width: 76px; margin: 3px; font-size: 12px }}
-.first div {{ height: 76px; background-size: 300% }}
+.first div {{ height: 76px; overflow: hidden }}
+.first img {{ width: 300% }}
 </style><h1>What each concept sees</h1>{links}{body}
 """
-REGIONS = """<p>The image with its key points, then the regions of every layer. A point belongs to the
-concept that claims it most; pale is background. Each concept of the last layer has a hue, and a fine
-concept is a shade of the one that it joins most. Where a model groups nothing, colours start afresh
-in every layer. Rest the pointer on a row to read the names of its key points.</p>"""
-EXAMPLE = """<figure><img src='pictures/image_{index}.jpg' alt='' title='From left to right: {points}'>
-image {index}: predicted <b>{guess}</b> ({percent:.0f} %),
+REGIONS = """<p>The image with its key points, the regions of every layer; pale is background.
+A concept of the last layer has a hue, a fine concept is a shade of the one that it joins most.
+Where a model groups nothing, colours start afresh in every layer. Rest the pointer on a row to
+read the names of its key points.</p>"""
+EXAMPLE = """<figure><img src='pictures/image_{index}.jpg' alt=''
+title='From left to right: {points}'>image {index}: predicted <b>{guess}</b> ({percent:.0f} %),
 <span class={look}>truly {truth}</span></figure>"""
 CONCEPTS = """<p>The nine images in which each concept claims most, and its region there. Below, the
-three parts that it hits in most images, each with the share of the images that show it. The metrics
-count a hit within 36 of 224 pixels of the peak of the concept's map, whatever its region. A small
-spread of the peaks means one fixed spot. Where every class has prototypes of its own, concept 1 is
-the first of the image's class.</p>"""
+three parts that it hits in most images, each with the share of the images that show it: a part is
+hit within 36 of 224 pixels of the peak of the concept's map. A small spread of the peaks means one
+fixed spot. Where every class has prototypes of its own, 1 is the first of the image's class.</p>"""
 CARD = """<figure><img src='pictures/concept_{l}_{k}.jpg' alt=''>{chip} {parts}<br>
 <small>{share:.3g} % of patches, peak spread {spread:.0f} px</small></figure>"""
 HIERARCHY = """<p>Each concept of the last layer, then in every layer the fine concepts that join it
-more than another. In percent: the mean grouping over images where the fine concept wins a patch.</p>
-<table>"""
-FIRST = """<div class=first><div style='background-image:url(pictures/concept_{l}_{k}.jpg)'></div>
-{chip} {note}</div>"""
+most, with the mean grouping over the images where they win a patch.</p><table>"""
 CURVE = """<figure>{name} <b>{last:.4g}</b><svg viewBox='0 0 200 96'><polyline points='{points}'/>
 <text x='5' y='92'>{low:.3g} to {high:.3g}, {count} epochs</text></svg></figure>"""
 
 
-# ---- 4. Some rows of it, for README.md ------------------------------------------------------------
+# ---- 4. Some rows of it, for README.md ---------------------------------------------------------
 @torch.inference_mode()
 def main(argv=None):
     parser = data.one_line_parser(description="Draw the regions of all layers in some test images.")
