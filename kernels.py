@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
-from torch.utils.benchmark import Timer
 
 try:
     import triton
@@ -245,6 +244,7 @@ def _backward_kernel(
         dr += _products(dp_ptr, x_ptr, k, n, K, N, D, BLOCK_D, PRECISION) * inverse
     a = _load(attention_ptr + image * K * N, k, n, K, N)
     won = _winners(a, k, n, N)
+    weight = tl.where(won, a * inverse, 0.0).to(dtype)  # a_w / m_w, at most 1: safe in fp16
     h = _load(da_ptr + image * K * N, k, n, K, N)
     h += tl.where(won, dr, 0.0)
 
@@ -261,7 +261,6 @@ def _backward_kernel(
 
     dl = (2 * dl).to(dtype)
     sum_dl = tl.sum(dl.to(tl.float32), 1)[:, None]  # rounded as in the dot below: dq subtracts it
-    weight = tl.where(won, a * inverse, 0.0).to(dtype)  # a_w / m_w, at most 1: safe in fp16
     chunks = tl.cdiv(D, BLOCK_D)
     for chunk in tl.range(chunks):
         d = (chunks - 1 - chunk) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -282,58 +281,55 @@ def _backward_kernel(
 # --- 5. The launch --------------------------------------------------------------------------------
 # Nothing is autotuned: another BLOCK_N is another order of addition, so a timing could change bits.
 MANY_PATCHES = dict(BLOCK_N=128, BLOCK_D=64, num_warps=8)  # the fewest sums to write
-MANY_REGISTERS = dict(BLOCK_N=64, BLOCK_D=32, num_warps=8)  # fp32 or K > 32: tiles twice as large
+MANY_REGISTERS = dict(BLOCK_N=64, BLOCK_D=32, num_warps=8)  # backward, fp32, K > 32: nothing spills
 FEW_PATCHES = dict(BLOCK_N=32, BLOCK_D=32, num_warps=4)  # so that every multiprocessor has work
 
-def _configuration(x, K):
-    """The grid and the constants of a launch."""
-    B, N, D = x.shape
+def _prepare(x, prototypes, bias, sizes):
+    """The grid, the contiguous inputs and the constants of a launch."""
+    (B, N, D), K = x.shape, len(prototypes)
+    q = prototypes.to(x.dtype).contiguous()
+    inputs = x.contiguous(), q, q.float().square().sum(1), bias.float().contiguous()
     BLOCK_K = max(16, triton.next_power_of_2(K))  # a dot takes 16 rows or more
-    low = x.dtype != torch.float32 and BLOCK_K <= 32
-    sizes = MANY_PATCHES if low else MANY_REGISTERS
+    if x.dtype == torch.float32 or BLOCK_K > 32:
+        sizes = MANY_REGISTERS
     if B * triton.cdiv(N, sizes["BLOCK_N"]) < 256:
         sizes = FEW_PATCHES
+    grid = B, triton.cdiv(N, sizes["BLOCK_N"])
     allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # PyTorch's own switch
     precision = "tf32x3" if allow_tf32 else "ieee"
-    grid = (B, triton.cdiv(N, sizes["BLOCK_N"]))
-    return grid, dict(sizes, D=D, BLOCK_K=BLOCK_K, PRECISION=precision)
+    return grid, inputs, dict(sizes, D=D, BLOCK_K=BLOCK_K, PRECISION=precision)
 
 def launch_forward(x, prototypes, bias, after, smoothing):
-    """The forward on a GPU: the reference's results. x and the rest may have any strides."""
+    """The reference's results, by the kernel. Inputs may have any strides."""
     (B, N, D), K = x.shape, len(prototypes)
-    grid, config = _configuration(x, K)
-    q = prototypes.to(x.dtype).contiguous()
-    norms = q.float().square().sum(1)
+    grid, inputs, constants = _prepare(x, prototypes, bias, MANY_PATCHES)
     attention = x.new_empty((B, K, N), dtype=torch.float32)
     part = x.new_empty((*grid, K, D), dtype=torch.float32)
     part_mass = x.new_empty((*grid, K), dtype=torch.float32)
     wrap_triton(_forward_kernel)[grid](
-        x.contiguous(), q, norms, bias.float().contiguous(), attention, part, part_mass, N, K,
-        AFTER=after, SMOOTHING=smoothing, **config)
-    mass = part_mass.sum(1)  # the second step; torch.compile fuses these lines
+        *inputs, attention, part, part_mass, N, K, AFTER=after, SMOOTHING=smoothing, **constants)
+    mass = part_mass.sum(1)
     pooled = part.sum(1) / torch.where(mass > 0, mass, 1)[..., None]
     return attention, pooled.to(x.dtype), mass
 
 def launch_backward(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
                     after, smoothing, detach_maps, needed):
-    """The backward on a GPU: arguments and results of backward_reference."""
+    """The results of backward_reference, by the kernel."""
     want_x, want_q, want_b = needed
-    grid, config = _configuration(x, len(prototypes))
-    q = prototypes.to(x.dtype).contiguous()
-    norms = q.float().square().sum(1)
+    (B, N, D), K = x.shape, len(prototypes)
+    grid, inputs, constants = _prepare(x, prototypes, bias, MANY_REGISTERS)
     dA = torch.zeros_like(attention) if dA is None else dA.contiguous()
-    c = torch.zeros_like(mass) if dm is None else dm
+    c = torch.zeros_like(mass) if dm is None else dm.contiguous()
     inverse = torch.where(mass > 0, 1 / mass, 0)
     if dP is not None:
-        c = c - (dP.float() * pooled).sum(-1) * inverse
         dP = dP.contiguous()
-    dx = x.new_empty(x.shape) if want_x else None
-    part = x.new_empty((*grid, *q.shape), dtype=torch.float32) if want_q else None
+        c = c - (dP.float() * pooled).sum(-1) * inverse
+    dx = x.new_empty((B, N, D)) if want_x else None
+    part = x.new_empty((*grid, K, D), dtype=torch.float32) if want_q else None
     db = torch.empty_like(attention) if want_b else None
     wrap_triton(_backward_kernel)[grid](
-        x.contiguous(), q, norms, bias.float().contiguous(), attention, dA, dP, inverse,
-        c.contiguous(), dx, part, db, x.shape[1], len(q),
-        AFTER=after, SMOOTHING=smoothing, DETACH=detach_maps, **config)
+        *inputs, attention, dA, dP, inverse, c, dx, part, db, N, K,
+        AFTER=after, SMOOTHING=smoothing, DETACH=detach_maps, **constants)
     dx = dx if want_x else x.new_empty(0)
     dq = part.sum((0, 1)).to(prototypes.dtype) if want_q else x.new_empty(0)
     db = db.sum(0).to(bias.dtype) if want_b else x.new_empty(0)
@@ -394,9 +390,7 @@ def prototype_attention(x, prototypes, bias, bias_after_softmax=True, *,
         x = x.to(torch.get_autocast_dtype("cuda"))
     return _op(x, prototypes, bias, bias_after_softmax, float(smoothing), detach_maps)
 
-# --- 7. The benchmark -----------------------------------------------------------------------------
-SHAPES = ((32, 1369, 768, 17), (32, 256, 384, 17), (8, 1369, 1024, 17), (16, 196, 192, 5))
-
+# --- 7. The benchmark: bf16 on a GPU, fp32 and one image on a CPU ---------------------------------
 def two_reads(x, prototypes, bias):
     """The honest rival: two matmuls in the dtype of x, each of which reads x from memory."""
     logits = F.linear(x, 2 * prototypes, -prototypes.square().sum(1)).float()
@@ -404,8 +398,7 @@ def two_reads(x, prototypes, bias):
     region = torch.where(_won(attention), attention, 0)
     mass = region.sum(1)
     sums = region.to(x.dtype).mT @ x
-    divisor = torch.where(mass > 0, mass, 1).to(x.dtype)
-    return attention.mT, sums / divisor[..., None], mass
+    return attention.mT, sums / mass.clamp(min=1e-30).to(x.dtype)[..., None], mass
 
 def call(form, inputs, backward):
     """The outputs of form, or the gradients of half the sum of their squares."""
@@ -416,13 +409,13 @@ def call(form, inputs, backward):
 def seconds(run):
     """The median time: of the GPU, or without one of the wall."""
     if not torch.cuda.is_available():
+        from torch.utils.benchmark import Timer
         return Timer("run()", globals=dict(run=run)).blocked_autorange().median
-    fill = torch.empty(2 ** 32, dtype=torch.uint8, device="cuda")
     times = []
     for _ in range(50):
         start = torch.cuda.Event(enable_timing=True)
         stop = torch.cuda.Event(enable_timing=True)
-        fill.zero_()  # x leaves the cache, and Python has time to queue the kernels
+        torch.zeros(2 ** 30, device="cuda")  # x leaves the cache, and Python can queue the kernels
         start.record()
         run()
         stop.record()
@@ -430,34 +423,27 @@ def seconds(run):
         times.append(start.elapsed_time(stop) / 1e3)
     return sorted(times)[25]
 
-def benchmark(name, form, inputs, backward):
-    """One line of the table. GB/s counts the fewest bytes: x and the maps, or three times that."""
-    x, _, bias = inputs
-    exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
-    exact = call(prototype_attention_reference, exact_inputs, backward)
-    found = call(form, inputs, backward)
-    error = max((f - e).abs().max() / e.abs().max() for f, e in zip(found, exact))
-    time = seconds(lambda: call(form, inputs, backward))
-    rate = (x.nbytes + 4 * len(x) * bias.numel()) * (3 if backward else 1) / time
-    kind = "fwd+bwd" if backward else "fwd"
-    print(f"{name:10} {kind:8} {1e6 * time:7.0f} us {rate / 1e9:7.1f} GB/s   error {error:.1e}")
-
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     forms = dict(two_reads=two_reads, compiled=torch.compile(two_reads), ours=prototype_attention)
-    print("torch", torch.__version__, "on", device, "(on a CPU: batch 1, ours is the reference)")
-    for B, N, D, K in SHAPES:
+    print(f"torch {torch.__version__} on {device}, {dtype}; GB/s of the fewest bytes; error against fp64")
+    for B, N, D, K in (32, 1369, 768, 17), (32, 256, 384, 17), (8, 1369, 1024, 17), (16, 196, 192, 5):
         B = B if device == "cuda" else 1
-        for dtype in torch.float32, torch.bfloat16:
-            torch.compiler.reset()
-            print(f"B {B}, N {N}, D {D}, K {K}, {dtype}")
-            x = torch.randn(B, N, D, device=device).to(dtype)
-            q = (0.3 * torch.randn(K, D, device=device)).to(dtype)
-            bias = torch.zeros(K, N, device=device)
-            inputs = [t.requires_grad_() for t in (x, q, bias)]
-            for name, form in forms.items():
-                benchmark(name, form, inputs, backward=False)
-                benchmark(name, form, inputs, backward=True)
+        print(f"B {B}, N {N}, D {D}, K {K}")
+        inputs = [torch.randn(B, N, D), 0.3 * torch.randn(K, D), torch.zeros(K, N)]
+        inputs = [t.to(device, dtype).requires_grad_() for t in inputs]
+        wide = [t.detach().double().requires_grad_() for t in inputs]
+        for name, form in forms.items():
+            for backward in False, True:
+                exact = call(prototype_attention_reference, wide, backward)
+                found = call(form, inputs, backward)
+                error = max((f - e).abs().max() / e.abs().max() for f, e in zip(found, exact))
+                median = seconds(lambda: call(form, inputs, backward))
+                fewest = inputs[0].nbytes + 4 * B * K * N  # x read, maps written
+                rate = fewest * (3 if backward else 1) / median / 1e9
+                kind = "fwd+bwd" if backward else "fwd"
+                print(f"  {name:10} {kind:8} {1e6 * median:8.0f} us {rate:8.1f} GB/s  {error:.1e}")
 
 if __name__ == "__main__":
     main()
