@@ -1,8 +1,7 @@
 """Prototype attention: patches and prototypes in, attention maps and region features out.
 
 The heart of IVPT (Interpretable Visual Prompt Tuning, ICLR 2026, arXiv 2503.06084): concept region
-discovery, its spatial bias and intra-region feature aggregation. The file is a lesson: PyTorch,
-Triton forward, the backward derived and in Triton, launch, op, benchmark.
+discovery, its spatial bias and intra-region feature aggregation.
 
     python kernels.py                 # the benchmark; beside each time the error against fp64
     python -m pytest -k kernels       # the specification; needs no GPU
@@ -23,8 +22,6 @@ Here a program takes 128 patches of an image, 197 kB, and reads them twice in a 
 from the L2 cache. The price is that every program writes (K, D) sums of its own, 18 MB in all.
 So the forward reads 67 MB, writes 21 MB, and reads 18 MB again, most of it from the cache.
 """
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,8 +34,8 @@ try:
     if triton.knobs.runtime.interpret:  # TRITON_INTERPRET=1: wrap_triton refuses such kernels
         wrap_triton = lambda kernel: kernel  # noqa: E731
 except ImportError:  # no Triton for macOS and Windows: the reference serves
-    triton = None
-    jit = lambda kernel: kernel  # noqa: E731
+    triton, jit = None, lambda kernel: kernel
+
 
 # --- 1. The reference: plain PyTorch, the CPU path and the oracle of the tests --------------------
 def _no_autocast(x):
@@ -56,9 +53,8 @@ def _attend(x, prototypes, bias, after, smoothing):
     return softmax, shifted, attention
 
 def _won(attention):
-    """(B, N, K) bool: the first of the largest.
-
-    torch 2.11 compiles argmax wrongly here (pytorch issue 178964), so it is not used."""
+    """(B, N, K) bool: the first of the largest. torch 2.11 compiles argmax wrongly here (pytorch
+    issue 178964)."""
     largest = attention == attention.amax(-1, keepdim=True)
     return largest & (largest.cumsum(-1) == 1)
 
@@ -104,8 +100,7 @@ def _store(ptr, tile, rows, columns, num_rows, num_columns):
     tl.store(ptr + offsets, tile, inside)
 
 @jit
-def _products(q_ptr, x_ptr, k, n, K, N, D: tl.constexpr, BLOCK_D: tl.constexpr,
-              PRECISION: tl.constexpr):
+def _products(q_ptr, x_ptr, k, n, K, N, D, BLOCK_D, PRECISION):
     """q x^T (BLOCK_K, BLOCK_N). fp32 is not rounded to TF32, as tl.dot would by default."""
     products = tl.zeros((k.shape[0], n.shape[0]), tl.float32)
     for start in tl.range(0, D, BLOCK_D):
@@ -116,7 +111,7 @@ def _products(q_ptr, x_ptr, k, n, K, N, D: tl.constexpr, BLOCK_D: tl.constexpr,
     return products
 
 @jit
-def _shares(products, norms_ptr, bias, k, K, AFTER: tl.constexpr):
+def _shares(products, norms_ptr, bias, k, K, AFTER):
     """s and u before its clamp, (BLOCK_K, BLOCK_N)."""
     norms = tl.load(norms_ptr + k, k < K, other=float("inf"))  # |q_k|^2
     logits = 2 * products - norms[:, None]
@@ -146,7 +141,6 @@ def _forward_kernel(
     x_ptr += image * N * D
     attention_ptr += image * K * N
     part = image * tl.num_programs(1) + block
-
     products = _products(q_ptr, x_ptr, k, n, K, N, D, BLOCK_D, PRECISION)
     bias = _load(bias_ptr, k, n, K, N)
     _, u = _shares(products, norms_ptr, bias, k, K, AFTER)
@@ -189,7 +183,7 @@ def _forward_kernel(
 def backward_reference(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
                        after, smoothing, detach_maps, needed):
     """The derivation line by line, maps (B, N, K) -> dx (B, N, D), dprototypes (K, D), dbias (K, N).
-    dA, dP and dm may be None. A gradient that is not needed comes back empty."""
+    dA, dP, dm may be None; needed, three bools: the gradients not needed come back empty."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     dA = torch.zeros_like(attention) if dA is None else dA
     dP = torch.zeros_like(pooled) if dP is None else dP
@@ -236,8 +230,9 @@ def _backward_kernel(
     dtype = x_ptr.dtype.element_ty
     part = image * tl.num_programs(1) + block
 
-    c = tl.load(c_ptr + image * K + k, k < K, other=0.0)
-    inverse = tl.load(inverse_ptr + image * K + k, k < K, other=0.0)[:, None]
+    row = image * K + k
+    c = tl.load(c_ptr + row, k < K, other=0.0)
+    inverse = tl.load(inverse_ptr + row, k < K, other=0.0)[:, None]
     dr = tl.broadcast_to(c[:, None], (BLOCK_K, BLOCK_N))
     if dp_ptr is not None:
         dp_ptr += image * K * D
@@ -280,9 +275,8 @@ def _backward_kernel(
 
 # --- 5. The launch --------------------------------------------------------------------------------
 # Nothing is autotuned: another BLOCK_N is another order of addition, so a timing could change bits.
-MANY_PATCHES = dict(BLOCK_N=128, BLOCK_D=64, num_warps=8)  # the fewest sums to write
-MANY_REGISTERS = dict(BLOCK_N=64, BLOCK_D=32, num_warps=8)  # backward, fp32, K > 32: nothing spills
-FEW_PATCHES = dict(BLOCK_N=32, BLOCK_D=32, num_warps=4)  # so that every multiprocessor has work
+LARGE = dict(BLOCK_N=128, BLOCK_D=64, num_warps=8)  # the fewest sums to write
+SMALL = dict(BLOCK_N=64, BLOCK_D=32, num_warps=8)  # fewer registers: backward, fp32, K > 32
 
 def _prepare(x, prototypes, bias, sizes):
     """The grid, the contiguous inputs and the constants of a launch."""
@@ -290,19 +284,17 @@ def _prepare(x, prototypes, bias, sizes):
     q = prototypes.to(x.dtype).contiguous()
     inputs = x.contiguous(), q, q.float().square().sum(1), bias.float().contiguous()
     BLOCK_K = max(16, triton.next_power_of_2(K))  # a dot takes 16 rows or more
-    if x.dtype == torch.float32 or BLOCK_K > 32:
-        sizes = MANY_REGISTERS
-    if B * triton.cdiv(N, sizes["BLOCK_N"]) < 256:
-        sizes = FEW_PATCHES
+    if x.dtype == torch.float32 or BLOCK_K > 32 or B * N < 2 ** 15:
+        sizes = SMALL  # also for few patches: every multiprocessor should have a program
     grid = B, triton.cdiv(N, sizes["BLOCK_N"])
-    allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # PyTorch's own switch
-    precision = "tf32x3" if allow_tf32 else "ieee"
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # PyTorch's own switch
+    precision = "tf32x3" if tf32 else "ieee"
     return grid, inputs, dict(sizes, D=D, BLOCK_K=BLOCK_K, PRECISION=precision)
 
 def launch_forward(x, prototypes, bias, after, smoothing):
     """The reference's results, by the kernel. Inputs may have any strides."""
     (B, N, D), K = x.shape, len(prototypes)
-    grid, inputs, constants = _prepare(x, prototypes, bias, MANY_PATCHES)
+    grid, inputs, constants = _prepare(x, prototypes, bias, LARGE)
     attention = x.new_empty((B, K, N), dtype=torch.float32)
     part = x.new_empty((*grid, K, D), dtype=torch.float32)
     part_mass = x.new_empty((*grid, K), dtype=torch.float32)
@@ -317,7 +309,7 @@ def launch_backward(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
     """The results of backward_reference, by the kernel."""
     want_x, want_q, want_b = needed
     (B, N, D), K = x.shape, len(prototypes)
-    grid, inputs, constants = _prepare(x, prototypes, bias, MANY_REGISTERS)
+    grid, inputs, constants = _prepare(x, prototypes, bias, SMALL)
     dA = torch.zeros_like(attention) if dA is None else dA.contiguous()
     c = torch.zeros_like(mass) if dm is None else dm.contiguous()
     inverse = torch.where(mass > 0, 1 / mass, 0)
@@ -391,6 +383,8 @@ def prototype_attention(x, prototypes, bias, bias_after_softmax=True, *,
     return _op(x, prototypes, bias, bias_after_softmax, float(smoothing), detach_maps)
 
 # --- 7. The benchmark: bf16 on a GPU, fp32 and one image on a CPU ---------------------------------
+SHAPES = (32, 1369, 768, 17), (32, 256, 384, 17), (8, 1369, 1024, 17), (16, 196, 192, 5)
+
 def two_reads(x, prototypes, bias):
     """The honest rival: two matmuls in the dtype of x, each of which reads x from memory."""
     logits = F.linear(x, 2 * prototypes, -prototypes.square().sum(1)).float()
@@ -407,31 +401,24 @@ def call(form, inputs, backward):
     return torch.autograd.grad(outputs, inputs, outputs) if backward else outputs
 
 def seconds(run):
-    """The median time: of the GPU, or without one of the wall."""
+    """The median time: of the GPU with x out of the cache, or without a GPU of the wall."""
     if not torch.cuda.is_available():
         from torch.utils.benchmark import Timer
         return Timer("run()", globals=dict(run=run)).blocked_autorange().median
-    times = []
-    for _ in range(50):
-        start = torch.cuda.Event(enable_timing=True)
-        stop = torch.cuda.Event(enable_timing=True)
-        torch.zeros(2 ** 30, device="cuda")  # x leaves the cache, and Python can queue the kernels
-        start.record()
+    graph = torch.cuda.CUDAGraph()  # a replay does not wait for Python
+    with torch.cuda.graph(graph):
         run()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3)
-    return sorted(times)[25]
+    return triton.testing.do_bench(graph.replay, return_mode="median") / 1e3
 
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     forms = dict(two_reads=two_reads, compiled=torch.compile(two_reads), ours=prototype_attention)
-    print(f"torch {torch.__version__} on {device}, {dtype}; GB/s of the fewest bytes; error against fp64")
-    for B, N, D, K in (32, 1369, 768, 17), (32, 256, 384, 17), (8, 1369, 1024, 17), (16, 196, 192, 5):
+    print(f"torch {torch.__version__}, {device}, {dtype}. GB/s: as if x was read once. Error: to fp64")
+    for B, N, D, K in SHAPES:
         B = B if device == "cuda" else 1
         print(f"B {B}, N {N}, D {D}, K {K}")
-        inputs = [torch.randn(B, N, D), 0.3 * torch.randn(K, D), torch.zeros(K, N)]
+        inputs = torch.randn(B, N, D), 0.3 * torch.randn(K, D), torch.zeros(K, N)
         inputs = [t.to(device, dtype).requires_grad_() for t in inputs]
         wide = [t.detach().double().requires_grad_() for t in inputs]
         for name, form in forms.items():
@@ -440,10 +427,9 @@ def main():
                 found = call(form, inputs, backward)
                 error = max((f - e).abs().max() / e.abs().max() for f, e in zip(found, exact))
                 median = seconds(lambda: call(form, inputs, backward))
-                fewest = inputs[0].nbytes + 4 * B * K * N  # x read, maps written
-                rate = fewest * (3 if backward else 1) / median / 1e9
+                rate = inputs[0].nbytes / median / 1e9
                 kind = "fwd+bwd" if backward else "fwd"
-                print(f"  {name:10} {kind:8} {1e6 * median:8.0f} us {rate:8.1f} GB/s  {error:.1e}")
+                print(f"  {name:10}{kind:8}{1e6 * median:8.0f} us{rate:8.1f} GB/s  {error:.1e}")
 
 if __name__ == "__main__":
     main()
