@@ -392,7 +392,8 @@ def two_reads(x, prototypes, bias):
     region = torch.where(_won(attention), attention, 0)
     mass = region.sum(1)
     sums = region.to(x.dtype).mT @ x
-    return attention.mT, sums / mass.clamp(min=1e-30).to(x.dtype)[..., None], mass
+    divisor = torch.where(mass > 0, mass, 1).to(x.dtype)
+    return attention.mT, sums / divisor[..., None], mass
 
 def call(form, inputs, backward):
     """The outputs of form, or the gradients of half the sum of their squares."""

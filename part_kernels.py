@@ -21,7 +21,6 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 KERNELS_WANTED = [n for n in itertools.product((False, True), repeat=3) if any(n)]
 KERNELS_SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes of shared memory a program may have
 
-
 def kernels_problem(B, N, D, K, dtype=torch.float32, seed=0, device="cpu"):
     """Inputs x, prototypes, bias and the gradients of the three outputs."""
     generator = torch.Generator().manual_seed(seed)
@@ -30,14 +29,12 @@ def kernels_problem(B, N, D, K, dtype=torch.float32, seed=0, device="cpu"):
     grads = draw(B, K, N), draw(B, K, D), draw(B, K)
     return [t.to(device, dtype) for t in inputs], [t.to(device) for t in grads]
 
-
 def kernels_autograd(function, inputs, grads, dtype, *args, **options):
     """Outputs of function and gradients of the inputs, computed in dtype."""
     inputs = [t.detach().to(dtype).requires_grad_() for t in inputs]
     outputs = function(*inputs, *args, **options)
     grads = [g.to(o.dtype) for g, o in zip(grads, outputs)]
     return [o.detach() for o in outputs], torch.autograd.grad(outputs, inputs, grads)
-
 
 def kernels_too_wrong(found, plain, exact):
     """Whether an error is more than twice PyTorch's in the same precision. Sixteen roundings of the
@@ -46,7 +43,6 @@ def kernels_too_wrong(found, plain, exact):
     allowed = 2 * (plain.double() - exact).abs().max()
     rounding = torch.finfo(torch.float32).eps * exact.abs().max().clamp(min=1)
     return bool(error > allowed + 16 * rounding)
-
 
 # --- The reference alone --------------------------------------------------------------------------
 @pytest.mark.parametrize("after", (True, False))
@@ -70,7 +66,6 @@ def test_kernels_reference_follows_the_definition_patch_by_patch(after, smoothin
     torch.testing.assert_close(mass, total)
     torch.testing.assert_close(pooled, torch.where(total[..., None] > 0, sums / total[..., None], 0))
 
-
 @pytest.mark.parametrize("after", (True, False))
 @pytest.mark.parametrize("smoothing", (0.0, 1e-3))
 def test_kernels_reference_and_op_pass_gradcheck(after, smoothing):
@@ -79,7 +74,6 @@ def test_kernels_reference_and_op_pass_gradcheck(after, smoothing):
             lambda *a: kernels.prototype_attention_reference(*a, after, smoothing=smoothing),
             lambda *a: kernels._op(*a, after, smoothing, False)):
         assert torch.autograd.gradcheck(function, inputs)
-
 
 def test_kernels_detach_maps_leaves_only_the_averaged_features_their_gradient():
     inputs, grads = kernels_problem(2, 9, 8, 4, torch.float64)
@@ -94,7 +88,6 @@ def test_kernels_detach_maps_leaves_only_the_averaged_features_their_gradient():
     torch.testing.assert_close((dq, db), full[1:])
     assert not torch.allclose(dx, full[0])
 
-
 def test_kernels_empty_regions_pool_to_zero_and_ties_go_to_the_first():
     x = torch.randn(1, 5, 8)
     q = x[0, :1].repeat(3, 1)  # three equal prototypes: every patch is a tie
@@ -106,7 +99,6 @@ def test_kernels_empty_regions_pool_to_zero_and_ties_go_to_the_first():
     outputs = kernels.prototype_attention(x, q, torch.full((3, 5), -2.0))  # the clamp empties all
     assert all((o == 0).all() for o in outputs)
 
-
 def test_kernels_bias_keeps_its_gradient_where_the_softmax_underflows():
     x, q = 50 * torch.eye(2)[None], 50 * torch.eye(2)
     bias = torch.zeros(2, 2, requires_grad=True)
@@ -114,7 +106,6 @@ def test_kernels_bias_keeps_its_gradient_where_the_softmax_underflows():
     assert attention.min() == 0
     attention.sum().backward()
     assert (bias.grad == 1).all()
-
 
 def test_kernels_low_precision_and_autocast_still_give_fp32_maps():
     (x, q, bias), _ = kernels_problem(2, 33, 64, 5)
@@ -124,12 +115,10 @@ def test_kernels_low_precision_and_autocast_still_give_fp32_maps():
     assert [o.dtype for o in found] == [torch.float32, torch.bfloat16, torch.float32]
     assert all(torch.equal(f, e.to(f.dtype)) for f, e in zip(found, expected))
 
-
 @pytest.mark.parametrize("q,bias", (((3, 9), (3, 5)), ((3, 8), (3, 1)), ((3, 8), (2, 5))))
 def test_kernels_refuse_shapes_that_a_kernel_would_read_past(q, bias):
     with pytest.raises(ValueError, match="expected"):
         kernels.prototype_attention(torch.zeros(2, 5, 8), torch.zeros(q), torch.zeros(bias))
-
 
 # --- The op on a CPU ------------------------------------------------------------------------------
 @pytest.mark.parametrize("needed", KERNELS_WANTED)
@@ -146,7 +135,6 @@ def test_kernels_op_gives_the_gradients_asked_for_and_only_those(needed):
             if wanted:
                 torch.testing.assert_close(tensor.grad, gradient)
 
-
 def test_kernels_op_passes_opcheck():
     inputs = [t.requires_grad_() for t in kernels_problem(2, 9, 12, 5)[0]]
     ops = torch.ops.ivpt
@@ -157,14 +145,12 @@ def test_kernels_op_passes_opcheck():
         torch.ones_like(given[3]), None, None, *given, True, 0.0, False, [True, False, True]))
     assert set(checks.values()) == {"SUCCESS"}
 
-
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
 def test_kernels_compile_fullgraph(backend):
     compiled = torch.compile(kernels.prototype_attention, fullgraph=True, backend=backend)
     inputs, grads = kernels_problem(2, 9, 12, 5)
     torch.testing.assert_close(*(kernels_autograd(f, inputs, grads, torch.float32)
                                  for f in (compiled, kernels.prototype_attention)))
-
 
 def test_kernels_without_triton_the_reference_serves():
     code = ("import sys; sys.modules['triton'] = None; import torch, kernels\n"
@@ -176,7 +162,6 @@ def test_kernels_without_triton_the_reference_serves():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here)
     assert done.returncode == 0, done.stderr
 
-
 # --- The kernels in Triton's interpreter ----------------------------------------------------------
 def kernels_cases():
     """Odd shapes; placement of the bias, smoothing and wanted gradients run along."""
@@ -185,11 +170,9 @@ def kernels_cases():
         yield dict(B=1 if N > 100 else 3, N=N, D=(32, 192, 100, 72)[(i + i // 4) % 4], K=K,
                    after=i % 2 == 0, smoothing=(0.0, 1e-6)[i // 2 % 2], detach=i % 3 == 2,
                    needed=KERNELS_WANTED[i % 7], seed=i)
-    for i in range(8):
-        special = dict(B=2, N=24, D=72, K=5, after=i % 2 == 0, smoothing=0.0, detach=False,
-                       needed=(True, True, True), seed=i)
-        yield special | dict(kind=("transposed", "empty", "clamped", "huge", "ties")[i % 5])
-
+    for i, kind in enumerate(("transposed", "empty", "huge", "ties")):
+        yield dict(B=2, N=70, D=72, K=5, after=i % 2 == 0, smoothing=0.0, detach=False,
+                   needed=(True, True, True), seed=i, kind=kind)
 
 def kernels_special(kind, inputs, grads):
     x, q, bias = inputs
@@ -197,14 +180,11 @@ def kernels_special(kind, inputs, grads):
         return [t.mT.contiguous().mT for t in inputs], [t.mT.contiguous().mT for t in grads]
     if kind == "empty":
         bias = bias - torch.tensor([0, 5, 5, 0, 5.0])[:, None]
-    if kind == "clamped":
-        bias = 0 * bias - 2
     if kind == "huge":
         x, q = 300 * x, 300 * q
     if kind == "ties":
         q, bias = q[:1].repeat(5, 1), 0 * bias
     return (x, q, bias), grads
-
 
 def kernels_run(B, N, D, K, after, smoothing, detach, needed, seed, kind="plain"):
     """What is wrong with this case, a list."""
@@ -234,7 +214,6 @@ def kernels_run(B, N, D, K, after, smoothing, detach, needed, seed, kind="plain"
     unwanted = [g.numel() for g, wanted in zip(found[3:], needed) if not wanted]
     return wrong + (["unwanted"] if sum(unwanted) else [])
 
-
 @needs_triton
 def test_kernels_interpreted_are_as_exact_as_pytorch_and_repeat():
     """A subprocess, since TRITON_INTERPRET must be set before triton is imported."""
@@ -248,8 +227,7 @@ def test_kernels_interpreted_are_as_exact_as_pytorch_and_repeat():
         pytest.skip("the interpreter of Triton 3.6 needs numpy < 2.4")
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(done.stdout.splitlines()[-1])
-    assert len(results) == 24 and not [r for r in results if r[1]]
-
+    assert len(results) == 20 and not [r for r in results if r[1]]
 
 # --- The kernels compiled for real chips ----------------------------------------------------------
 def kernels_compile(target):
@@ -288,7 +266,6 @@ def kernels_compile(target):
             atomics=len(re.findall(r"\b(?:atom|red)\.", ptx)), **kernels_usage(done.asm["cubin"])))
     return target, facts
 
-
 def kernels_usage(cubin):
     """Registers and bytes of stack, where this Triton brings cuobjdump."""
     tool = Path(kernels.triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -300,7 +277,6 @@ def kernels_usage(cubin):
         command = [tool, "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True).stdout
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-
 
 @needs_triton
 def test_kernels_compile_for_every_chip():
@@ -317,7 +293,6 @@ def test_kernels_compile_for_every_chip():
             assert dtype == torch.float32 or fact["tensor_cores"] > 0, (target, fact)
             assert fact.get("LOCAL", 0) == 0, (target, fact)
             assert fact.get("STACK", 0) <= (0 if chip == 90 else 48), (target, fact)
-
 
 # --- The kernels on a GPU -------------------------------------------------------------------------
 @needs_gpu
@@ -340,7 +315,6 @@ def test_kernels_gpu_is_as_exact_as_pytorch_and_repeats(shape, dtype):
         rounding = torch.finfo(dtype).eps * e.norm()
         assert (f.double() - e).norm() <= 2 * (r.double() - e).norm() + rounding
 
-
 @needs_gpu
 def test_kernels_gpu_compiles_and_follows_autocast():
     inputs, grads = kernels_problem(2, 196, 192, 17, device="cuda")
@@ -351,7 +325,6 @@ def test_kernels_gpu_compiles_and_follows_autocast():
         found = kernels.prototype_attention(*inputs)
     expected = kernels.prototype_attention(inputs[0].bfloat16(), *inputs[1:])
     assert all(map(torch.equal, found, expected))
-
 
 @needs_gpu
 def test_kernels_gpu_peak_memory_is_outputs_and_partial_sums():
