@@ -1,29 +1,27 @@
-"""Prototype attention: patches and prototypes in, attention maps and region prompts out, in one read of the patches.
+"""Prototype attention: patches and prototypes in, attention maps and region features out.
 
-The heart of IVPT (Interpretable Visual Prompt Tuning, ICLR 2026, arXiv 2503.06084): concept region discovery, its
-spatial bias and intra-region feature aggregation. A lesson: maths and bytes, then 1 PyTorch, 2 forward, 3 backward, 4 op,
-5 benchmark.
+The heart of IVPT (Interpretable Visual Prompt Tuning, ICLR 2026, arXiv 2503.06084): concept region
+discovery, its spatial bias and intra-region feature aggregation.
 
     python kernels.py                 # the benchmark; beside each time the error against fp64
     python -m pytest -k kernels       # the specification; needs no GPU
 
-THE MATHS. x (B,N,D) patches, q (K,D) prototypes, b (K,N) spatial bias.
-    l_k(n) = -|x_n - q_k|^2 = 2 x_n.q_k - |q_k|^2        |x_n|^2 is the same for every k: a softmax cannot see it
-    s      = softmax_k(l)                                or softmax_k(l + b) with the bias inside, as released
-    u      = max(s + b, 0)                               the paper's bias, after the softmax; u = s with the bias inside
-    a      = (u + eps) / sum_k (u + eps)                 smoothing, only where eps > 0; otherwise a = u
-    r_k(n) = a_k(n) where k is the first argmax of a(n), else 0                 every patch votes for one concept
-    m_k    = sum_n r_k(n),   p_k = sum_n r_k(n) x_n / m_k                       zero where the region is empty
+THE MATHS. x (B, N, D) patches, q (K, D) prototypes, b (K, N) spatial bias, eps the smoothing.
+    l_k(n) = -|x_n - q_k|^2 = 2 x_n.q_k - |q_k|^2      a softmax cannot see |x_n|^2: it is left out
+    s      = softmax_k(l)                              or softmax_k(l + b), bias inside, as released
+    u      = max(s + b, 0)                             the paper's bias; with the bias inside u = s
+    a      = (u + eps) / sum_k (u + eps)               smoothing; a = u where eps is 0
+    r_k(n) = a_k(n) where k is the first argmax of a(n), else 0      a patch votes for one concept
+    m_k    = sum_n r_k(n)                              mass of the region
+    p_k    = sum_n r_k(n) x_n / m_k                    pooled feature, zero for an empty region
 
-THE BYTES. At B 32, N 1369, D 768, K 17 in bf16, x is 67 MB, the fp32 maps are 3 MB and the rest is below 1 MB. The
-product r_k(n) x_n as a tensor (B,D,K,N) would be 72 MB per image in fp32. Two matmuls avoid it but read x twice: once for l,
-once for p. The same tile of x serves both, so x need leave memory only once: 71 MB, 17 us at 4.3 TB/s.
+THE BYTES. At B 32, N 1369, D 768, K 17 in bf16, x is 67 MB and the fp32 maps are 3 MB.
+The product r_k(n) x_n as a tensor (B, D, K, N) would be 2.3 GB in fp32.
+Two matmuls avoid it, but read x twice from memory: once for l, once for p.
+Here a program takes 128 patches of an image, 197 kB, and reads them twice in a row: the second time
+from the L2 cache. The price is that every program writes (K, D) sums of its own, 18 MB in all.
+So the forward reads 67 MB, writes 21 MB, and reads 18 MB again, most of it from the cache.
 """
-from __future__ import annotations
-
-import functools
-import itertools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,371 +31,310 @@ try:
     import triton
     import triton.language as tl
     jit = triton.jit
-    wrap_triton = (lambda kernel: kernel) if triton.knobs.runtime.interpret else wrap_triton    # TRITON_INTERPRET=1
-except ImportError:                                         # no Triton for macOS: the reference below serves
+    if triton.knobs.runtime.interpret:  # TRITON_INTERPRET=1: wrap_triton refuses such kernels
+        wrap_triton = lambda kernel: kernel  # noqa: E731
+except ImportError:  # no Triton for macOS and Windows: the reference serves
     triton, jit = None, lambda kernel: kernel
 
 
-# --- 1. The reference: plain PyTorch, the CPU path and the oracle of the tests ---------------------------------------
-def _attend(x, prototypes, bias, bias_after_softmax, smoothing):
-    """The maths up to a, in the dtype of x: softmax s, unclamped u and attention a, each (B, N, K)."""
-    logits = F.linear(x, 2 * prototypes, -prototypes.square().sum(1))                           # (B, N, K)
-    softmax = (logits if bias_after_softmax else logits + bias.T).softmax(-1)
-    shifted = softmax + bias.T if bias_after_softmax else softmax
-    attention = torch.where(shifted < 0, 0, shifted)        # clamp(min=0) would stop the gradient of an exact 0
+# --- 1. The reference: plain PyTorch, the CPU path and the oracle of the tests --------------------
+def _no_autocast(x):
+    """Logits are in the hundreds and go into an exponent: autocast would spoil them."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+
+def _attend(x, prototypes, bias, after, smoothing):
+    """The maths up to a: softmax s, u before its clamp and attention a, each (B, N, K)."""
+    logits = F.linear(x, 2 * prototypes, -prototypes.square().sum(1))
+    softmax = (logits if after else logits + bias.T).softmax(-1)
+    shifted = softmax + bias.T if after else softmax
+    attention = torch.where(shifted < 0, 0, shifted)  # clamp would stop the gradient of an exact 0
     if smoothing > 0:
         attention = (attention + smoothing) / (attention + smoothing).sum(-1, keepdim=True)
     return softmax, shifted, attention
 
 def _won(attention):
-    """(B, N, K) bool: the first of the largest. torch 2.11 compiles argmax wrongly here (pytorch issue 178964)."""
-    top = attention == attention.amax(-1, keepdim=True)
-    return top & (top.cumsum(-1) == 1)
+    """(B, N, K) bool: the first of the largest. torch 2.11 compiles argmax wrongly here (pytorch
+    issue 178964)."""
+    largest = attention == attention.amax(-1, keepdim=True)
+    return largest & (largest.cumsum(-1) == 1)
 
-def _wide(*tensors):
-    """Squared distances are in the hundreds and go into an exponent: fp32, or fp64 where the input is fp64."""
-    return [t.to(torch.float64 if tensors[0].dtype == torch.float64 else torch.float32) for t in tensors]
+def prototype_attention_reference(x, prototypes, bias, bias_after_softmax=True, *,
+                                  smoothing=0.0, detach_maps=False):
+    """x (B, N, D), prototypes (K, D), bias (K, N) -> attention (B, K, N) fp32, pooled (B, K, D) in
+    the dtype of x, mass (B, K) fp32: the maths above, smoothing is eps. fp64 stays fp64.
 
+    detach_maps: the gradient reaches x only through the averaged features, not through the maps
+    (the head of IVPT). The argmax has no gradient.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with _no_autocast(x):
+        patches, q, b = x.to(dtype), prototypes.to(dtype), bias.to(dtype)
+        seen = patches.detach() if detach_maps else patches
+        _, _, attention = _attend(seen, q, b, bias_after_softmax, smoothing)
+        region = torch.where(_won(attention.detach()), attention, 0)  # r (B, N, K)
+        mass = region.sum(1)  # (B, K)
+        mean = region.mT @ patches / torch.where(mass > 0, mass, 1)[..., None]
+        pooled = torch.where(mass[..., None] > 0, mean, 0)  # (B, K, D)
+    return attention.mT.contiguous(), pooled.to(x.dtype), mass
 
-def prototype_attention_reference(x, prototypes, bias, bias_after_softmax=True, *, smoothing=0.0, detach_maps=False):
-    """x (B,N,D), prototypes (K,D), bias (K,N) -> attention (B,K,N) fp32, pooled (B,K,D) like x, mass (B,K) fp32.
-
-    smoothing is eps above, before pooling. detach_maps lets the gradient reach x only through the averaged features,
-    not through the maps (the head of IVPT). fp64 stays fp64. The argmax has no gradient."""
-    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
-        patches, q, b = _wide(x, prototypes, bias)
-        attention = _attend(patches.detach() if detach_maps else patches, q, b, bias_after_softmax, smoothing)[2]
-        region = torch.where(_won(attention.detach()), attention, 0)                            # (B, N, K)
-        mass = region.sum(1)                                                                    # (B, K)
-        mean = region.mT @ patches / torch.where(mass > 0, mass, 1)[..., None]                  # (B, K, D)
-        pooled = torch.where(mass[..., None] > 0, mean, 0).to(x.dtype)
-    return attention.mT.contiguous(), pooled, mass
-
-
-# --- 2. The forward in Triton ----------------------------------------------------------------------------------------
-# A program owns a span of patches of one image and walks it in tiles of BN patches. Its 8 warps share out the columns:
-# of each chunk of 128 columns, every warp holds 16. Both products are batched over the warps:
-#     logits    (8, BN, 16) @ (8, 16, BK)  -> 8 partial sums of x.q, added over the warps        -> softmax, argmax, r
-#     pooling   (8, BK, BN) @ (8, BN, 16)  -> each warp sums the columns it already holds        -> stays in registers
-# So an element of x comes from memory once (cp.async, STAGES - 1 tiles ahead of the arithmetic) and from shared memory
-# once per product. The prototypes stay in shared memory, the (K, D) sums in registers until the span ends; then they
-# are written, and a second kernel adds the spans of an image in their order: no atomics, the same bits in every run.
-# K is padded to BK with -inf; D is walked in chunks, the last one masked. HOLD is the number of chunks kept on chip:
-# all, or none where K * D is too large. Then tiles are loaded again for the second product, from the L2 cache, and
-# neighbouring programs share a span: each sums a slice, POOL chunks. A matrix is (pointer, row stride, column stride).
+# --- 2. The forward in Triton ---------------------------------------------------------------------
+# A program owns BLOCK_N patches of one image and walks their columns twice, BLOCK_D at a time:
+#   first  products = q x^T, (BLOCK_K, BLOCK_D) @ (BLOCK_D, BLOCK_N); then softmax, argmax, region r
+#   then   sums     = r x,   (BLOCK_K, BLOCK_N) @ (BLOCK_N, BLOCK_D), one chunk of columns each
+# The second walk goes backwards: what was read last is the likeliest to be in the cache.
+# PyTorch then adds the blocks of an image, always in the same order. Atomic additions would save
+# that step, but their order, and so the last bits of a result, changes from run to run.
+# K is padded to BLOCK_K by prototypes that are infinitely far away: logit -inf, share 0. They come
+# last and the first of equals wins, so they win no patch. Patches beyond N are 0 and not counted.
 @jit
-def _tile(matrix, row, rows, chunk, D: tl.constexpr):
-    """(8, R, 16): of the given rows, column c of warp w is column 128 chunk + 16 w + c. Zero outside."""
-    ptr, stride_row, stride_d = matrix
-    d = chunk * 128 + tl.arange(0, 8)[:, None, None] * 16 + tl.arange(0, 16)[None, None, :]
-    inside = row[None, :, None] < rows if D % 128 == 0 else (row[None, :, None] < rows) & (d < D)
-    return tl.load(ptr + row[None, :, None].to(tl.int64) * stride_row + d.to(tl.int64) * stride_d, inside, other=0.0)
+def _load(ptr, rows, columns, num_rows, num_columns):
+    """A tile of a contiguous matrix (num_rows, num_columns), zero outside."""
+    inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
+    offsets = rows[:, None].to(tl.int64) * num_columns + columns[None, :]
+    return tl.load(ptr + offsets, inside, other=0.0)
 
 @jit
-def _tiles(matrix, row, rows, D: tl.constexpr, CHUNKS: tl.constexpr):
-    tiles = ()
-    for c in tl.static_range(CHUNKS):
-        tiles = tiles + (_tile(matrix, row, rows, c, D),)
-    return tiles
+def _store(ptr, tile, rows, columns, num_rows, num_columns):
+    inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
+    offsets = rows[:, None].to(tl.int64) * num_columns + columns[None, :]
+    tl.store(ptr + offsets, tile, inside)
 
 @jit
-def _row_dots(left, right, k, K, D: tl.constexpr):
-    total = tl.zeros(k.shape, tl.float32)                                                       # (K, D) twice -> (BK)
-    for c in tl.range((D + 127) // 128):
-        total += tl.sum(tl.sum(_tile(left, k, K, c, D).to(tl.float32) * _tile(right, k, K, c, D), 0), 1)
-    return total
+def _products(q_ptr, x_ptr, k, n, K, N, D, BLOCK_D, PRECISION):
+    """q x^T (BLOCK_K, BLOCK_N). fp32 is not rounded to TF32, as tl.dot would by default."""
+    products = tl.zeros((k.shape[0], n.shape[0]), tl.float32)
+    for start in tl.range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        q = _load(q_ptr, k, d, K, D)
+        x = _load(x_ptr, n, d, N, D)
+        products = tl.dot(q, tl.trans(x), products, input_precision=PRECISION)
+    return products
 
 @jit
-def _map(ptr, k, n, inside, stride_k, stride_n):                                                # (K, N) -> (BN, BK)
-    return tl.load(ptr + (k[None, :] * stride_k + n[:, None] * stride_n), inside, other=0.0).to(tl.float32)
+def _shares(products, norms_ptr, bias, k, K, AFTER):
+    """s and u before its clamp, (BLOCK_K, BLOCK_N)."""
+    norms = tl.load(norms_ptr + k, k < K, other=float("inf"))  # |q_k|^2
+    logits = 2 * products - norms[:, None]
+    if not AFTER:
+        logits += bias
+    exponential = tl.exp(logits - tl.max(logits, 0, keep_dims=True))
+    s = exponential / tl.sum(exponential, 0, keep_dims=True)
+    u = s + bias if AFTER else s
+    return s, u
 
 @jit
-def _products(tiles, x, n, end, rows, q, k, K, D: tl.constexpr, HOLD: tl.constexpr, PRECISION: tl.constexpr):
-    """x_n.q_k (BN, BK). The 8 partial sums are added as a tree of halves: a split puts both halves into one thread, so
-    that the softmax is shared out over the warps. After tl.sum every warp would do all of it."""
-    dots = tl.zeros((8, n.shape[0], k.shape[0]), tl.float32)
-    if HOLD > 0:
-        for c in tl.static_range(HOLD):
-            dots = tl.dot(tiles[c], tl.permute(rows[c], (0, 2, 1)), dots, input_precision=PRECISION)
-    else:
-        for c in tl.range((D + 127) // 128, num_stages=2):
-            again = tl.permute(_tile(q, k, K, c, D), (0, 2, 1))
-            dots = tl.dot(_tile(x, n, end, c, D), again, dots, input_precision=PRECISION)
-    low, high = tl.split(tl.reshape(tl.permute(dots, (1, 2, 0)), (n.shape[0], k.shape[0], 4, 2)))
-    low, high = tl.split(tl.reshape(low + high, (n.shape[0], k.shape[0], 2, 2)))
-    low, high = tl.split(low + high)
-    return low + high
+def _winners(attention, k, n, N):
+    """(BLOCK_K, BLOCK_N) bool: the first of the largest, for patches that exist."""
+    winner = tl.argmax(attention, 0, keep_dims=True)
+    return (k[:, None] == winner) & (n[None, :] < N)
 
 @jit
-def _softmax(logits, bias, k, K, AFTER: tl.constexpr):
-    logits = tl.where(k[None, :] < K, logits if AFTER else logits + bias, float("-inf"))
-    share = tl.exp(logits - tl.max(logits, 1)[:, None])
-    return share * (1 / tl.sum(share, 1))[:, None]                                              # (BN, BK)
+def _forward_kernel(
+        x_ptr, q_ptr, norms_ptr, bias_ptr,  # (B, N, D), (K, D) like x, (K,) fp32, (K, N) fp32
+        attention_ptr, part_ptr, part_mass_ptr,  # out (B, K, N), (B, blocks, K, D), (B, blocks, K)
+        N, K, AFTER: tl.constexpr, SMOOTHING: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
+        BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+    image = tl.program_id(0).to(tl.int64)  # a batch can pass 2^31 elements
+    block = tl.program_id(1)
+    k = tl.arange(0, BLOCK_K)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_ptr += image * N * D
+    attention_ptr += image * K * N
+    part = image * tl.num_programs(1) + block
+    products = _products(q_ptr, x_ptr, k, n, K, N, D, BLOCK_D, PRECISION)
+    bias = _load(bias_ptr, k, n, K, N)
+    _, u = _shares(products, norms_ptr, bias, k, K, AFTER)
+    attention = tl.maximum(u, 0.0)
+    if SMOOTHING > 0:
+        total = tl.sum(attention, 0, keep_dims=True) + K * SMOOTHING
+        attention = (attention + SMOOTHING) / total
+    _store(attention_ptr, attention, k, n, K, N)
 
-@jit
-def _add_weighted(sums, weight, tiles, x, n, end, first, D: tl.constexpr, HOLD: tl.constexpr, PRECISION: tl.constexpr):
-    """sums_k += sum_n weight_k(n) x_n, chunk by chunk from first on; weight (BN, BK), sums a tuple of (8, BK, 16)."""
-    weight = tl.broadcast_to(tl.trans(weight)[None], (8, weight.shape[1], weight.shape[0]))
-    added = ()
-    for c in tl.static_range(len(sums)):
-        tile = tiles[c] if HOLD > 0 else _tile(x, n, end, first + c, D)
-        added = added + (tl.dot(weight, tile, sums[c], input_precision=PRECISION),)
-    return added
+    region = tl.where(_winners(attention, k, n, N), attention, 0.0)
+    tl.store(part_mass_ptr + part * K + k, tl.sum(region, 1), k < K)
+    region = region.to(x_ptr.dtype.element_ty)
+    chunks = tl.cdiv(D, BLOCK_D)
+    for chunk in tl.range(chunks):
+        d = (chunks - 1 - chunk) * BLOCK_D + tl.arange(0, BLOCK_D)
+        x = _load(x_ptr, n, d, N, D)
+        sums = tl.dot(region, x, input_precision=PRECISION)
+        _store(part_ptr + part * K * D, sums, k, d, K, D)
 
-@jit
-def _store_sums(part_ptr, part_total_ptr, sums, total, part, k, K, first, D: tl.constexpr):
-    row = part.to(tl.int64) * K                                                                 # (B * spans, K, D)
-    tl.store(part_total_ptr + row + k, tl.sum(total, 0), k < tl.where(first == 0, K, 0))
-    k = k[None, :, None]
-    for c in tl.static_range(len(sums)):
-        d = (first + c) * 128 + tl.arange(0, 8)[:, None, None] * 16 + tl.arange(0, 16)[None, None, :]
-        tl.store(part_ptr + (row + k) * D + d, sums[c], (k < K) & (d < D))
-
-
-@jit
-def _forward_kernel(x_ptr, q_ptr, bias_ptr,                 # x (B, N, D), q (K, D) like x, bias (K, N): any strides
-                    attention_ptr,                          # out (B, K, N) fp32
-                    part_ptr, part_mass_ptr,                # out (B * spans, K, D) and (B * spans, K) fp32
-                    N, K, spans, span, slices, sxb, sxn, sxd, sqk, sqd, sbk, sbn, smoothing, AFTER: tl.constexpr,
-                    SMOOTH: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HOLD: tl.constexpr,
-                    POOL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
-    part, first = tl.program_id(0) // slices, tl.program_id(0) % slices * POOL       # whose span, from which chunk
-    image, begin = (part // spans).to(tl.int64), part % spans * span
-    end = tl.minimum(begin + span, N)
-    k = tl.arange(0, BK)
-    writes = k < tl.where(first == 0, K, 0)                 # the maps are written by the first slice alone
-    x, q = (x_ptr + image * sxb, sxn, sxd), (q_ptr, sqk, sqd)
-    norm = _row_dots(q, q, k, K, D)                                                             # |q_k|^2
-    rows = _tiles(q, k, K, D, HOLD)
-    sums, mass = (tl.zeros((8, BK, 16), tl.float32),) * POOL, tl.zeros((BN, BK), tl.float32)
-    for start in tl.range(begin, end, BN, num_stages=STAGES):
-        n = start + tl.arange(0, BN)
-        inside = (k[None, :] < K) & (n[:, None] < end)
-        bias = _map(bias_ptr, k, n, inside, sbk, sbn)                                           # (BN, BK)
-        tiles = _tiles(x, n, end, D, HOLD)                                                      # chunks x (8, BN, 16)
-        dots = _products(tiles, x, n, end, rows, q, k, K, D, HOLD, PRECISION)
-        a = _softmax(2 * dots - norm[None, :], bias, k, K, AFTER)
-        a = tl.where(a + bias < 0, 0.0, a + bias) if AFTER else a       # tl.maximum would turn a NaN into 0
-        if SMOOTH:
-            a = tl.where(k[None, :] < K, a + smoothing, 0.0)
-            a = a * (1 / tl.sum(a, 1))[:, None]
-        winner = tl.argmax(tl.where(k[None, :] < K, a, -1.0), 1)                                # the first of equals
-        region = tl.where((k[None, :] == winner[:, None]) & inside, a, 0.0)
-        mass += region
-        sums = _add_weighted(sums, region.to(x_ptr.dtype.element_ty), tiles, x, n, end, first, D, HOLD, PRECISION)
-        tl.store(attention_ptr + image * K * N + (k[None, :] * N + n[:, None]), a, inside & writes[None, :])
-    _store_sums(part_ptr, part_mass_ptr, sums, mass, part, k, K, first, D)
-
-
-@jit
-def _combine_kernel(part_ptr, part_mass_ptr,                # (B * spans, K, D) and (B * spans, K) fp32
-                    pooled_ptr, mass_ptr,                   # out (B, K, D) like x and (B, K) fp32
-                    K, D, spans, BLOCK: tl.constexpr):
-    """The spans of an image, always added in the same order, then divided by the mass."""
-    image, k = (tl.program_id(0) // K).to(tl.int64), tl.program_id(0) % K
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total, mass = tl.zeros((BLOCK,), tl.float32), 0.0
-    for span in range(spans):
-        row = (image * spans + span) * K + k
-        total += tl.load(part_ptr + row * D + d, d < D, other=0.0)
-        mass += tl.load(part_mass_ptr + row)
-    pooled = tl.where(mass > 0, total / tl.where(mass > 0, mass, 1.0), 0.0)
-    tl.store(pooled_ptr + (image * K + k) * D + d, pooled.to(pooled_ptr.dtype.element_ty), d < D)
-    tl.store(mass_ptr + image * K + k, mass)
-
-
-# --- 3. The backward, derived ----------------------------------------------------------------------------------------
-# Given dA (B,K,N), dP (B,K,D), dm (B,K): the gradients of the loss with respect to attention, pooled and mass.
-#     p_k = sum_n r_k(n) x_n / m_k and m_k = sum_n r_k(n), so r_k(n) acts on both:
-#         dr_k(n) = dm_k + dP_k.(x_n - p_k) / m_k                                  0 for an empty region's dP
-#     r_k is a_k on the patches that k won and the choice itself has no gradient:
-#         da_k(n) = dA_k(n) + [k won n] dr_k(n)
-#     smoothing divides by Z = sum_k (u_k + eps), hence       du_k = (da_k - sum_j da_j a_j) / Z
-#     the clamp lets pass what was not negative, and the bias is added there:     h_k = [s_k + b_k >= 0] du_k
-#     the softmax's Jacobian is s_k (delta_kj - s_j):         dl_k = s_k (h_k - sum_j h_j s_j)
-#     l_k = 2 x.q_k - |q_k|^2 gives                           dq_k = 2 sum_n dl_k(n) (x_n - q_k)
-#     bias after the softmax: db = sum_B h; inside it:        db = sum_B dl
-#     x_n is seen by the logits and by the averages:          dx_n = 2 sum_k dl_k(n) q_k + a_w(n) / m_w dP_w, w won n
-# Everything but x.q and x.dP is a handful of operations per map entry. So s is not stored but computed again from the
-# tile of x that x.dP and dq need anyway; from the forward only its three outputs are kept.
-def backward_reference(dA, dP, dm, x, prototypes, bias, attention, pooled, mass, after, smoothing, detach_maps, needed):
-    """The derivation line by line, (B, N, K) throughout -> dx (B,N,D), dprototypes (K,D), dbias (K,N), or empty."""
-    dA, dP, dm = (torch.zeros_like(o) if g is None else g for g, o in ((dA, attention), (dP, pooled), (dm, mass)))
-    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
-        e, q, b, a, p, m, dA, dP, dm = _wide(x, prototypes, bias, attention.mT, pooled, mass, dA.mT, dP, dm)
-        s, u, _ = _attend(e, q, b, after, smoothing)
-        won, inverse = _won(a), torch.where(m > 0, 1 / m, 0)[:, None]                           # (B, N, K), (B, 1, K)
-        dr = dm[:, None] + (e @ dP.mT - (dP * p).sum(-1)[:, None]) * inverse
-        h = dA + won * dr
+# --- 3. The backward, derived ---------------------------------------------------------------------
+# Given dA (B, K, N), dP (B, K, D), dm (B, K), the gradients of attention, pooled and mass.
+#   p_k = sum_n r_k(n) x_n / m_k and m_k = sum_n r_k(n), so r_k(n) acts on both:
+#       dr_k(n) = dm_k + dP_k.(x_n - p_k) / m_k           an empty region's dP counts as 0
+#   r_k is a_k on the patches that k won; the choice itself has no gradient:
+#       da_k(n) = dA_k(n) + [k won n] dr_k(n)
+#   smoothing divides by Z = sum_k (u_k + eps); without it du = da:
+#       du_k = (da_k - sum_j da_j a_j) / Z
+#   the clamp lets pass what was not negative, and the bias is added there:
+#       h_k = [s_k + b_k >= 0] du_k                       h = du with the bias inside
+#   the softmax's Jacobian is s_k (delta_kj - s_j):
+#       dl_k = s_k (h_k - sum_j h_j s_j)
+#   l_k = 2 x.q_k - |q_k|^2 gives
+#       dq_k = 2 sum_n dl_k(n) (x_n - q_k)
+#   the bias is the same for all images:
+#       db = sum_B h                                      sum_B dl with the bias inside
+#   x_n is seen by the logits and, where w won n, by the average:
+#       dx_n = 2 sum_k dl_k(n) q_k + a_w(n) / m_w dP_w    detach_maps leaves the first out
+# Everything but x.q and x.dP is a handful of operations per map entry. So s is not stored but
+# computed again, from the x that dq needs anyway; only the forward's three outputs are kept.
+def backward_reference(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
+                       after, smoothing, detach_maps, needed):
+    """The derivation line by line, maps (B, N, K) -> dx (B, N, D), dprototypes (K, D), dbias (K, N).
+    dA, dP, dm may be None; needed, three bools: the gradients not needed come back empty."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    dA = torch.zeros_like(attention) if dA is None else dA
+    dP = torch.zeros_like(pooled) if dP is None else dP
+    dm = torch.zeros_like(mass) if dm is None else dm
+    with _no_autocast(x):
+        e, q, dP = x.to(dtype), prototypes.to(dtype), dP.to(dtype)
+        a = attention.mT
+        s, u, _ = _attend(e, q, bias.to(dtype), after, smoothing)
+        won = _won(a)
+        inverse = torch.where(mass > 0, 1 / mass, 0)[:, None]  # (B, 1, K)
+        dr = dm[:, None] + (e @ dP.mT - (dP * pooled).sum(-1)[:, None]) * inverse
+        h = dA.mT + won * dr
         if smoothing > 0:
-            h = (h - (h * a).sum(-1, keepdim=True)) / (u.clamp(min=0) + smoothing).sum(-1, keepdim=True)
+            Z = (u.clamp(min=0) + smoothing).sum(-1, keepdim=True)
+            h = (h - (h * a).sum(-1, keepdim=True)) / Z
         h = torch.where(u < 0, 0, h)
         dl = s * (h - (h * s).sum(-1, keepdim=True))
-        dq = 2 * (torch.einsum("bnk,bnd->kd", dl, e) - q * dl.sum((0, 1))[:, None])             # (K, D)
-        dx = (won * a * inverse) @ dP + (0 if detach_maps else 2 * dl @ q)                      # (B, N, D)
-        found = (dx, x), (dq, prototypes), ((h if after else dl).sum(0).T.contiguous(), bias)
-        return tuple(g.to(t.dtype) if want else t.new_empty(0) for (g, t), want in zip(found, needed))
+        dq = 2 * (dl.flatten(0, 1).T @ e.flatten(0, 1) - q * dl.sum((0, 1))[:, None])
+        db = (h if after else dl).sum(0).T
+        dx = (won * a * inverse) @ dP
+        if not detach_maps:
+            dx = dx + 2 * dl @ q
+    gradients = dx.to(x.dtype), dq.to(prototypes.dtype), db.to(bias.dtype).contiguous()
+    return tuple(g if want else g.new_empty(0) for g, want in zip(gradients, needed))
 
-
-# The same two kernels again. The first has the forward's shape: a span of patches, x read once, dl instead of r as
-# the weights of the (K, D) sums. The second makes dx, which needs dl, a, q and dP but not x. Each gradient that is
-# not asked for is compiled away: a prompted layer detaches x, so there the second kernel does not run at all.
+# --- 4. The backward in Triton --------------------------------------------------------------------
+# The forward's shape again: walks for x.q and x.dP, a few maps, then one walk for dq and dx.
+# What all patches of an image share comes ready: 1 / m_k, and c_k = dm_k - dP_k.p_k / m_k, so that
+# dr_k(n) = x_n.dP_k / m_k + c_k. A pointer that is None leaves its code out: a gradient that nobody
+# wants, or a dP that is zero. In a prompted layer x and pooled are detached, so both occur.
 @jit
-def _backward_kernel(x_ptr, q_ptr, bias_ptr,                # x (B, N, D), q (K, D) like x, bias (K, N): any strides
-                     attention_ptr, pooled_ptr, mass_ptr,   # saved: (B, K, N) fp32, (B, K, D) like x, (B, K) fp32
-                     da_ptr, dp_ptr, dm_ptr,                # (B, K, N), (B, K, D) and (B, K): any strides
-                     dl_ptr, h_ptr,                         # out (B, K, N) fp32
-                     part_ptr, part_sum_ptr,                # out (B * spans, K, D) and (B * spans, K) fp32
-                     N, K, spans, span, slices, sxb, sxn, sxd, sqk, sqd, sbk, sbn, sab, sak, san, spb, spk, spd, smb,
-                     smk, smoothing, POOLED: tl.constexpr, WANT_DL: tl.constexpr, WANT_H: tl.constexpr,
-                     AFTER: tl.constexpr, SMOOTH: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                     HOLD: tl.constexpr, POOL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
-    part, first = tl.program_id(0) // slices, tl.program_id(0) % slices * POOL
-    image, begin = (part // spans).to(tl.int64), part % spans * span
-    end = tl.minimum(begin + span, N)
-    k = tl.arange(0, BK)
-    writes = k < tl.where(first == 0, K, 0)
-    x, q = (x_ptr + image * sxb, sxn, sxd), (q_ptr, sqk, sqd)
-    norm = _row_dots(q, q, k, K, D)
-    rows = _tiles(q, k, K, D, HOLD)
-    dr = tl.load(dm_ptr + image * smb + k * smk, k < K, other=0.0).to(tl.float32)
-    if POOLED:
-        dp = (dp_ptr + image * spb, spk, spd)
-        mass = tl.load(mass_ptr + image * K + k, k < K, other=0.0)
-        inverse = tl.where(mass > 0, 1 / tl.where(mass > 0, mass, 1.0), 0.0)
-        dr -= _row_dots(dp, (pooled_ptr + image * K * D, D, 1), k, K, D) * inverse              # dm_k - dP_k.p_k / m_k
-        dp_rows = _tiles(dp, k, K, D, HOLD)
-    sums, sum_dl = (tl.zeros((8, BK, 16), tl.float32),) * POOL, tl.zeros((BN, BK), tl.float32)
-    for start in tl.range(begin, end, BN, num_stages=STAGES):
-        n = start + tl.arange(0, BN)
-        inside = (k[None, :] < K) & (n[:, None] < end)
-        bias = _map(bias_ptr, k, n, inside, sbk, sbn)                                           # (BN, BK), as all below
-        a = _map(attention_ptr + image * K * N, k, n, inside, N, 1)
-        da = _map(da_ptr + image * sab, k, n, inside, sak, san)
-        tiles = _tiles(x, n, end, D, HOLD)
-        dots = _products(tiles, x, n, end, rows, q, k, K, D, HOLD, PRECISION)                   # x.q
-        s = _softmax(2 * dots - norm[None, :], bias, k, K, AFTER)
-        u = s + bias if AFTER else s
-        won = tl.broadcast_to(dr[None, :], (BN, BK))
-        if POOLED:
-            won += _products(tiles, x, n, end, dp_rows, dp, k, K, D, HOLD, PRECISION) * inverse[None, :]    # x.dP / m
-        winner = tl.argmax(tl.where(k[None, :] < K, a, -1.0), 1)
-        h = da + tl.where(k[None, :] == winner[:, None], won, 0.0)
-        if SMOOTH:
-            total = tl.sum(tl.where(k[None, :] < K, tl.maximum(u, 0.0) + smoothing, 0.0), 1)
-            h = (h - tl.sum(h * a, 1)[:, None]) / total[:, None]
-        h = tl.where(u < 0, 0.0, h)
-        dl = tl.where(n[:, None] < end, s * (h - tl.sum(h * s, 1)[:, None]), 0.0)
-        weight = dl.to(x_ptr.dtype.element_ty)              # rounded in both sums: dq is their difference
-        sum_dl += weight.to(tl.float32)
-        sums = _add_weighted(sums, weight, tiles, x, n, end, first, D, HOLD, PRECISION)
-        if WANT_H:
-            tl.store(h_ptr + image * K * N + (k[None, :] * N + n[:, None]), h, inside & writes[None, :])
-        if WANT_DL:
-            tl.store(dl_ptr + image * K * N + (k[None, :] * N + n[:, None]), dl, inside & writes[None, :])
-    if POOL > 0:                                            # 0: the prototypes ask for no gradient
-        _store_sums(part_ptr, part_sum_ptr, sums, sum_dl, part, k, K, first, D)
+def _backward_kernel(
+        x_ptr, q_ptr, norms_ptr, bias_ptr, attention_ptr,  # as in the forward
+        da_ptr, dp_ptr, inverse_ptr, c_ptr,  # dA (B, K, N), dP (B, K, D) like x, 1 / m and c (B, K)
+        dx_ptr, part_ptr, db_ptr,  # out (B, N, D) like x, (B, blocks, K, D), (B, K, N)
+        N, K, AFTER: tl.constexpr, SMOOTHING: tl.constexpr, DETACH: tl.constexpr, D: tl.constexpr,
+        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+        PRECISION: tl.constexpr):
+    image = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    k = tl.arange(0, BLOCK_K)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_ptr += image * N * D
+    dtype = x_ptr.dtype.element_ty
+    part = image * tl.num_programs(1) + block
 
+    row = image * K + k
+    c = tl.load(c_ptr + row, k < K, other=0.0)
+    inverse = tl.load(inverse_ptr + row, k < K, other=0.0)[:, None]
+    dr = tl.broadcast_to(c[:, None], (BLOCK_K, BLOCK_N))
+    if dp_ptr is not None:
+        dp_ptr += image * K * D
+        dr += _products(dp_ptr, x_ptr, k, n, K, N, D, BLOCK_D, PRECISION) * inverse
+    a = _load(attention_ptr + image * K * N, k, n, K, N)
+    won = _winners(a, k, n, N)
+    weight = tl.where(won, a * inverse, 0.0).to(dtype)  # a_w / m_w, at most 1: safe in fp16
+    h = _load(da_ptr + image * K * N, k, n, K, N)
+    h += tl.where(won, dr, 0.0)
 
-@jit
-def _patch_gradient_kernel(q_ptr, dp_ptr,                   # (K, D) and (B, K, D) like x: any strides
-                           attention_ptr, mass_ptr, dl_ptr, # (B, K, N), (B, K), (B, K, N) fp32
-                           dx_ptr,                          # out (B, N, D)
-                           N, K, sqk, sqd, spb, spk, spd, LOGITS: tl.constexpr, POOLED: tl.constexpr, D: tl.constexpr,
-                           BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
-    blocks, k = tl.cdiv(N, BN), tl.arange(0, BK)
-    image = (tl.program_id(0) // blocks).to(tl.int64)
-    n = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
-    dtype = dx_ptr.dtype.element_ty
-    inside = (k[None, :] < K) & (n[:, None] < N)
-    if LOGITS:
-        dl = (2 * _map(dl_ptr + image * K * N, k, n, inside, N, 1)).to(dtype)                   # (BN, BK)
-    if POOLED:
-        a = _map(attention_ptr + image * K * N, k, n, inside, N, 1)
-        winner = tl.argmax(tl.where(k[None, :] < K, a, -1.0), 1)
-        mass = tl.load(mass_ptr + image * K + k, k < K, other=0.0)
-        share = a / tl.where(mass > 0, mass, 1.0)[None, :]                                      # at most 1, fp16-safe
-        share = tl.where(k[None, :] == winner[:, None], share, 0.0).to(dtype)
-    for start in tl.range(0, D, BD):
-        d = start + tl.arange(0, BD)
-        rows = (k[:, None] < K) & (d[None, :] < D)
-        dx = tl.zeros((BN, BD), tl.float32)
-        if LOGITS:
-            q = tl.load(q_ptr + k[:, None] * sqk + d[None, :] * sqd, rows, other=0.0)
-            dx = tl.dot(dl, q, dx, input_precision=PRECISION)
-        if POOLED:
-            dp = tl.load(dp_ptr + image * spb + k[:, None] * spk + d[None, :] * spd, rows, other=0.0)
-            dx = tl.dot(share, dp, dx, input_precision=PRECISION)
-        tl.store(dx_ptr + (image * N + n[:, None]) * D + d[None, :], dx.to(dtype), (n[:, None] < N) & (d[None, :] < D))
+    products = _products(q_ptr, x_ptr, k, n, K, N, D, BLOCK_D, PRECISION)
+    bias = _load(bias_ptr, k, n, K, N)
+    s, u = _shares(products, norms_ptr, bias, k, K, AFTER)
+    if SMOOTHING > 0:
+        Z = tl.sum(tl.maximum(u, 0.0), 0, keep_dims=True) + K * SMOOTHING
+        h = (h - tl.sum(h * a, 0, keep_dims=True)) / Z
+    h = tl.where(u < 0, 0.0, h)
+    dl = s * (h - tl.sum(h * s, 0, keep_dims=True))
+    if db_ptr is not None:
+        _store(db_ptr + image * K * N, h if AFTER else dl, k, n, K, N)
 
+    dl = (2 * dl).to(dtype)
+    sum_dl = tl.sum(dl.to(tl.float32), 1)[:, None]  # rounded as in the dot below: dq subtracts it
+    chunks = tl.cdiv(D, BLOCK_D)
+    for chunk in tl.range(chunks):
+        d = (chunks - 1 - chunk) * BLOCK_D + tl.arange(0, BLOCK_D)
+        q = _load(q_ptr, k, d, K, D)
+        if part_ptr is not None:
+            x = _load(x_ptr, n, d, N, D)
+            dq = tl.dot(dl, x, input_precision=PRECISION) - sum_dl * q
+            _store(part_ptr + part * K * D, dq, k, d, K, D)
+        if dx_ptr is not None:
+            dx = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+            if not DETACH:
+                dx = tl.dot(tl.trans(dl), q, dx, input_precision=PRECISION)
+            if dp_ptr is not None:
+                dp = _load(dp_ptr, k, d, K, D)
+                dx = tl.dot(tl.trans(weight), dp, dx, input_precision=PRECISION)
+            _store(dx_ptr + image * N * D, dx.to(dtype), n, d, N, D)
 
-# --- 4. The launch and the op ----------------------------------------------------------------------------------------
-@functools.cache
-def _chip(device):
-    """Multiprocessors and a program's shared memory in bytes; an H200's where there is no GPU to ask."""
-    chip = torch.cuda.get_device_properties(device) if torch.cuda.is_available() else None
-    return (chip.multi_processor_count, chip.shared_memory_per_block_optin) if chip else (132, 232448)
+# --- 5. The launch --------------------------------------------------------------------------------
+# Nothing is autotuned: another BLOCK_N is another order of addition, so a timing could change bits.
+LARGE = dict(BLOCK_N=128, BLOCK_D=64, num_warps=8)  # the fewest sums to write
+SMALL = dict(BLOCK_N=64, BLOCK_D=32, num_warps=8)  # fewer registers: backward, fp32, K > 32
 
-def _plan(B, N, D, K, size, products, processors, shared):
-    """How a problem is cut: constexprs, spans of an image, patches of a span, slices of D. products: 1 in the forward,
-    in the backward 2, or 3 with x.dP. sums: a thread's registers for the (K, D) sums; above the limit, spilling."""
-    BK, chunks, forward, BN, stages = max(16, triton.next_power_of_2(K)), triton.cdiv(D, 128), products == 1, 16, 1
-    sums, hold, pool = BK * chunks // 2, chunks, chunks
-    if sums <= (128 if size == 2 else 48 if forward else 0):
-        row, free = chunks * 128 * size, shared - (1 + (products == 3)) * BK * chunks * 128 * size
-        BN = 32 if size == 2 and forward and sums <= 96 and free >= 32 * (row + 36 * BK) else 16
-        stages = min(3, (free - 32 * BN * BK) // (BN * (row + (4 if forward else 12) * BK)) + 1)  # a map: 4 BN BK bytes
-    if stages < 2:                                          # does not fit: nothing held, a divisor of chunks per slice
-        BN, stages, hold, pool = 16, 1, 0, max(p for p in range(1, max(2, 64 // BK + 1)) if chunks % p == 0)
-    spans = processors // B if 2 * B <= processors else triton.cdiv(4 * processors, B)      # one wave, or at least four
-    span = triton.cdiv(N, max(1, min(spans, N // (2 * BN))) * BN) * BN
-    exact = torch.backends.cuda.matmul.fp32_precision != "tf32"         # PyTorch's switch: fp32 as it is, or 3 x TF32
-    return dict(D=D, BN=BN, BK=BK, HOLD=hold, POOL=pool, STAGES=stages, PRECISION="ieee" if exact else "tf32x3"), \
-        triton.cdiv(N, span), span, chunks // pool
-
+def _prepare(x, prototypes, bias, sizes):
+    """The grid, the contiguous inputs and the constants of a launch."""
+    (B, N, D), K = x.shape, len(prototypes)
+    q = prototypes.to(x.dtype).contiguous()
+    inputs = x.contiguous(), q, q.float().square().sum(1), bias.float().contiguous()
+    BLOCK_K = max(16, triton.next_power_of_2(K))  # a dot takes 16 rows or more
+    if x.dtype == torch.float32 or BLOCK_K > 32 or B * N < 2 ** 15:
+        sizes = SMALL  # also for few patches: every multiprocessor should have a program
+    grid = B, triton.cdiv(N, sizes["BLOCK_N"])
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # PyTorch's own switch
+    precision = "tf32x3" if tf32 else "ieee"
+    return grid, inputs, dict(sizes, D=D, BLOCK_K=BLOCK_K, PRECISION=precision)
 
 def launch_forward(x, prototypes, bias, after, smoothing):
-    (B, N, D), K, q = x.shape, len(prototypes), prototypes.to(x.dtype)
-    cut, spans, span, slices = _plan(B, N, D, K, x.element_size(), 1, *_chip(x.device))
-    empty = functools.partial(x.new_empty, dtype=torch.float32)
-    attention, pooled, mass = empty((B, K, N)), x.new_empty((B, K, D)), empty((B, K))
-    part, part_mass = empty((B * spans, K, D)), empty((B * spans, K))
-    wrap_triton(_forward_kernel)[(B * spans * slices,)](
-        x, q, bias, attention, part, part_mass, N, K, spans, span, slices, *x.stride(), *q.stride(), *bias.stride(),
-        smoothing, AFTER=after, SMOOTH=smoothing > 0, num_warps=8, **cut)
-    wrap_triton(_combine_kernel)[(B * K, triton.cdiv(D, 256))](part, part_mass, pooled, mass, K, D, spans, BLOCK=256)
-    return attention, pooled, mass
+    """The reference's results, by the kernel. Inputs may have any strides."""
+    (B, N, D), K = x.shape, len(prototypes)
+    grid, inputs, constants = _prepare(x, prototypes, bias, LARGE)
+    attention = x.new_empty((B, K, N), dtype=torch.float32)
+    part = x.new_empty((*grid, K, D), dtype=torch.float32)
+    part_mass = x.new_empty((*grid, K), dtype=torch.float32)
+    wrap_triton(_forward_kernel)[grid](
+        *inputs, attention, part, part_mass, N, K, AFTER=after, SMOOTHING=smoothing, **constants)
+    mass = part_mass.sum(1)
+    pooled = part.sum(1) / torch.where(mass > 0, mass, 1)[..., None]
+    return attention, pooled.to(x.dtype), mass
 
+def launch_backward(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
+                    after, smoothing, detach_maps, needed):
+    """The results of backward_reference, by the kernel."""
+    want_x, want_q, want_b = needed
+    (B, N, D), K = x.shape, len(prototypes)
+    grid, inputs, constants = _prepare(x, prototypes, bias, SMALL)
+    dA = torch.zeros_like(attention) if dA is None else dA.contiguous()
+    c = torch.zeros_like(mass) if dm is None else dm.contiguous()
+    inverse = torch.where(mass > 0, 1 / mass, 0)
+    if dP is not None:
+        dP = dP.contiguous()
+        c = c - (dP.float() * pooled).sum(-1) * inverse
+    dx = x.new_empty((B, N, D)) if want_x else None
+    part = x.new_empty((*grid, K, D), dtype=torch.float32) if want_q else None
+    db = torch.empty_like(attention) if want_b else None
+    wrap_triton(_backward_kernel)[grid](
+        *inputs, attention, dA, dP, inverse, c, dx, part, db, N, K,
+        AFTER=after, SMOOTHING=smoothing, DETACH=detach_maps, **constants)
+    dx = dx if want_x else x.new_empty(0)
+    dq = part.sum((0, 1)).to(prototypes.dtype) if want_q else x.new_empty(0)
+    db = db.sum(0).to(bias.dtype) if want_b else x.new_empty(0)
+    return dx, dq, db
 
-def launch_backward(dA, dP, dm, x, prototypes, bias, attention, pooled, mass, after, smoothing, detach_maps, needed):
-    """dA, dP and dm may be None; the gradients that are not needed come back empty."""
-    (B, N, D), K, q, zero = x.shape, len(prototypes), prototypes.to(x.dtype), mass.new_zeros(())
-    (want_x, want_q, want_b), POOLED = needed, dP is not None
-    dA, dP, dm = (g if g is not None else zero.expand(o.shape) for g, o in ((dA, attention), (dP, pooled), (dm, mass)))
-    dA = dA.contiguous() if dA.numel() >= 2 ** 31 else dA                   # _map counts in 32 bits within an image
-    want_h, want_dl = want_b and after, (want_x and not detach_maps) or (want_b and not after)
-    cut, spans, span, slices = _plan(B, N, D, K, x.element_size(), 2 + POOLED, *_chip(x.device))
-    cut, slices = (cut, slices) if want_q else (cut | dict(POOL=0), 1)          # no (K, D) sums: nothing to slice
-    empty = functools.partial(x.new_empty, dtype=torch.float32)
-    h, dl, dx = empty((B * want_h, K, N)), empty((B * want_dl, K, N)), x.new_empty((B * want_x, N, D))
-    part, part_sum = empty((B * spans * want_q, K, D)), empty((B * spans * want_q, K))
-    if want_q or want_h or want_dl:
-        wrap_triton(_backward_kernel)[(B * spans * slices,)](
-            x, q, bias, attention, pooled, mass, dA, dP, dm, dl, h, part, part_sum, N, K, spans, span, slices,
-            *x.stride(), *q.stride(), *bias.stride(), *dA.stride(), *dP.stride(), *dm.stride(), smoothing,
-            POOLED=POOLED, WANT_DL=want_dl, WANT_H=want_h, AFTER=after, SMOOTH=smoothing > 0, num_warps=8, **cut)
-    if want_x:
-        wrap_triton(_patch_gradient_kernel)[(B * triton.cdiv(N, 64),)](
-            q, dP, attention, mass, dl, dx, N, K, *q.stride(), *dP.stride(), LOGITS=not detach_maps, POOLED=POOLED,
-            D=D, BN=64, BK=cut["BK"], BD=64, PRECISION=cut["PRECISION"])
-    dq = 2 * (part.sum(0) - q.float() * part_sum.sum(0)[:, None]) if want_q else part       # spans, always in one order
-    return dx, dq.to(prototypes.dtype), (h if after else dl).sum(0).to(bias.dtype) if want_b else h.new_empty(0)
-
-
+# --- 6. The op ------------------------------------------------------------------------------------
+# torch.compile sees into a triton_op: two kernels and the PyTorch around them. The annotations are
+# the op's schema, and torch 2.11 takes no other spelling of them.
 def _fused(x):
-    return triton is not None and x.is_cuda and x.numel() > 0 and x.element_size() in (2, 4) and x.is_floating_point()
+    kinds = (torch.float32, torch.bfloat16, torch.float16)
+    return triton is not None and x.is_cuda and x.numel() > 0 and x.dtype in kinds
 
-@triton_op("ivpt::prototype_attention", mutates_args=())     # annotations are the schema: torch 2.11 takes no other
+@triton_op("ivpt::prototype_attention", mutates_args=())
 def _op(x: Tensor, prototypes: Tensor, bias: Tensor, after: bool, smoothing: float,
         detach_maps: bool) -> tuple[Tensor, Tensor, Tensor]:
     if _fused(x):
@@ -405,96 +342,95 @@ def _op(x: Tensor, prototypes: Tensor, bias: Tensor, after: bool, smoothing: flo
     return prototype_attention_reference(x, prototypes, bias, after, smoothing=smoothing)
 
 @triton_op("ivpt::prototype_attention_backward", mutates_args=())
-def _backward_op(dA: Tensor | None, dP: Tensor | None, dm: Tensor | None, x: Tensor, prototypes: Tensor, bias: Tensor,
-                 attention: Tensor, pooled: Tensor, mass: Tensor, after: bool, smoothing: float, detach_maps: bool,
+def _backward_op(dA: Tensor | None, dP: Tensor | None, dm: Tensor | None, x: Tensor,
+                 prototypes: Tensor, bias: Tensor, attention: Tensor, pooled: Tensor, mass: Tensor,
+                 after: bool, smoothing: float, detach_maps: bool,
                  needed: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    given = dA, dP, dm, x, prototypes, bias, attention, pooled, mass, after, smoothing, detach_maps, needed
-    return launch_backward(*given) if _fused(x) else backward_reference(*given)
+    backward = launch_backward if _fused(x) else backward_reference
+    return backward(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
+                    after, smoothing, detach_maps, needed)
 
 def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)                        # an output that has no gradient costs nothing
+    ctx.set_materialize_grads(False)  # an output that has no gradient gives None
     ctx.save_for_backward(*inputs[:3], *output)
     ctx.options = inputs[3:]
 
-def _differentiate(ctx, *grads):
+def _differentiate(ctx, dA, dP, dm):
     needed = list(ctx.needs_input_grad[:3])
-    results = _backward_op(*grads, *ctx.saved_tensors, *ctx.options, needed)
-    return *(result if want else None for result, want in zip(results, needed)), None, None, None
+    gradients = _backward_op(dA, dP, dm, *ctx.saved_tensors, *ctx.options, needed)
+    wanted = [g if want else None for g, want in zip(gradients, needed)]
+    return *wanted, None, None, None
 
 _op.register_autograd(_differentiate, setup_context=_save)
 
+def prototype_attention(x, prototypes, bias, bias_after_softmax=True, *,
+                        smoothing=0.0, detach_maps=False):
+    """As prototype_attention_reference; fused on an NVIDIA GPU in fp32, bf16 and fp16.
 
-def prototype_attention(x, prototypes, bias, bias_after_softmax=True, *, smoothing=0.0, detach_maps=False):
-    """As prototype_attention_reference. Fused on an NVIDIA GPU in fp32, bf16 and fp16; elsewhere the reference itself.
-    The kernels round the prototypes to the dtype of x, which under autocast is autocast's, as for any matmul: LayerNorm
-    hands over fp32, whose tiles are twice as large and miss the tensor cores. ValueError: shapes that disagree."""
-    if prototypes.shape[1:] != x.shape[2:] or bias.shape != (len(prototypes), x.shape[1]):      # reads past their ends
-        found = [*map(list, (x.shape, prototypes.shape, bias.shape))]
-        raise ValueError(f"x, prototypes, bias of shapes {found}: expected (B, N, D), (K, D), (K, N)")
-    if _fused(x):
-        if x.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
-            x = x.to(torch.get_autocast_dtype("cuda"))
-        return _op(x, prototypes, bias, bias_after_softmax, float(smoothing), detach_maps)
-    options = dict(smoothing=smoothing, detach_maps=detach_maps)
-    return prototype_attention_reference(x, prototypes, bias, bias_after_softmax, **options)
+    The kernels round the prototypes to the dtype of x. Under autocast x takes autocast's dtype, as
+    for a matmul: fp32 from a LayerNorm is twice as large and misses the tensor cores.
+    Raises ValueError where shapes disagree, since a kernel would read past an end.
+    """
+    (_, N, D), K = x.shape, len(prototypes)
+    if prototypes.shape != (K, D) or bias.shape != (K, N):
+        found = [list(tensor.shape) for tensor in (x, prototypes, bias)]
+        raise ValueError(f"x, prototypes, bias: found {found}, expected (B, N, D), (K, D), (K, N)")
+    if not _fused(x):
+        return prototype_attention_reference(x, prototypes, bias, bias_after_softmax,
+                                             smoothing=smoothing, detach_maps=detach_maps)
+    if x.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+        x = x.to(torch.get_autocast_dtype("cuda"))
+    return _op(x, prototypes, bias, bias_after_softmax, float(smoothing), detach_maps)
 
+# --- 7. The benchmark: bf16 on a GPU, fp32 and one image on a CPU ---------------------------------
+SHAPES = (32, 1369, 768, 17), (32, 256, 384, 17), (8, 1369, 1024, 17), (16, 196, 192, 5)
 
-# --- 5. Self-check and benchmark -------------------------------------------------------------------------------------
-def two_reads(x, prototypes, bias, product_form=False):
-    """The honest rival, in the dtype of x; product_form pools through the (B, D, K, N) tensor instead of a matmul."""
-    logits = F.linear(x, 2 * prototypes, -prototypes.square().sum(1)).float()                   # (B, N, K), x read once
-    attention = (logits.softmax(-1) + bias.T).clamp(min=0)
-    region = attention * torch.zeros_like(attention).scatter(-1, attention.argmax(-1, keepdim=True), 1)
-    weight, mass = region.to(x.dtype).mT, region.sum(1)
-    pooled = (x.mT[:, :, None] * weight[:, None]).sum(-1).mT if product_form else weight @ x    # and here again
-    return attention.mT, pooled / torch.where(mass > 0, mass, 1).to(x.dtype)[..., None], mass
+def two_reads(x, prototypes, bias):
+    """The honest rival: two matmuls in the dtype of x, each of which reads x from memory."""
+    logits = F.linear(x, 2 * prototypes, -prototypes.square().sum(1)).float()
+    attention = (logits.softmax(-1) + bias.T).clamp(min=0)  # (B, N, K)
+    region = torch.where(_won(attention), attention, 0)
+    mass = region.sum(1)
+    sums = region.to(x.dtype).mT @ x
+    divisor = torch.where(mass > 0, mass, 1).to(x.dtype)
+    return attention.mT, sums / divisor[..., None], mass
 
+def call(form, inputs, backward):
+    """The outputs of form, or the gradients of half the sum of their squares."""
+    with torch.set_grad_enabled(backward):
+        outputs = form(*inputs)
+    return torch.autograd.grad(outputs, inputs, outputs) if backward else outputs
 
-def measure(run, fill):
-    """Microseconds: median, 20 % and 80 % of the GPU's time (without a GPU: of wall time), median of the wall time.
-    Before each GPU timing 4 GiB are filled: x leaves the cache, and Python, slower than the kernels, can queue them."""
-    from torch.utils.benchmark import Timer                 # here, as it warns of a CUDA toolkit without a GPU
-    wall = Timer("run()", globals=dict(run=run), num_threads=torch.get_num_threads()).blocked_autorange()
-    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(100 if fill is not None else 0)]
-    for start, stop in marks:
-        fill.zero_(), start.record(), run(), stop.record()
-    torch.cuda.synchronize() if marks else None
-    times = [start.elapsed_time(stop) / 1e3 for start, stop in marks] or wall.times
-    return *(1e6 * torch.tensor(times).quantile(torch.tensor((0.5, 0.2, 0.8)))).tolist(), 1e6 * wall.median
-
+def seconds(run):
+    """The median time: of the GPU with x out of the cache, or without a GPU of the wall."""
+    if not torch.cuda.is_available():
+        from torch.utils.benchmark import Timer
+        return Timer("run()", globals=dict(run=run)).blocked_autorange().median
+    graph = torch.cuda.CUDAGraph()  # a replay does not wait for Python
+    with torch.cuda.graph(graph):
+        run()
+    return triton.testing.do_bench(graph.replay, return_mode="median") / 1e3
 
 def main():
-    cuda, device = torch.cuda.is_available(), "cuda" if torch.cuda.is_available() else "cpu"
-    fill = torch.empty(2 ** 32, dtype=torch.uint8, device=device) if cuda else None
-    copied = 2e-3 * 2 ** 32 / measure(fill.clone, fill)[0] if cuda else 1                       # GB/s, read and written
-    forms = {"product": functools.partial(two_reads, product_form=True), "two reads": two_reads,
-             "compiled": torch.compile(two_reads), "Triton" if cuda else "reference": prototype_attention}
-    print("torch", torch.__version__, f"{torch.cuda.get_device_name()}, copy {copied:.0f} GB/s" if cuda else
-          "CPU: wall time of the PyTorch forms at batch 1. Missing: Triton, GPU time, copy bandwidth, peak memory.")
-    print("error: the largest against fp64, of outputs or gradients, as a share of the largest value\n"
-          "  B     N     D   K dtype    form      pass       median us (20 to 80 %)     wall us   error     GB/s")
-    shapes = (32, 1369, 768, 17), (32, 256, 384, 17), (8, 1369, 1024, 17), (16, 196, 192, 5)
-    for (B, N, D, K), dtype in itertools.product(shapes, (torch.float32, torch.bfloat16)):
-        torch.compiler.reset()
-        x, q, bias = torch.randn(B if cuda else 1, N, D), 0.3 * torch.randn(K, D), torch.zeros(K, N)
-        inputs = [t.to(device, t.dtype if t is bias else dtype).requires_grad_() for t in (x, q, bias)]
-
-        def call(form, inputs, backward):
-            with torch.set_grad_enabled(backward):
-                outputs = form(*inputs)
-            return torch.autograd.grad(outputs, inputs, outputs) if backward else outputs
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    forms = dict(two_reads=two_reads, compiled=torch.compile(two_reads), ours=prototype_attention)
+    print(f"torch {torch.__version__}, {device}, {dtype}. GB/s: as if x was read once. Error: to fp64")
+    for B, N, D, K in SHAPES:
+        B = B if device == "cuda" else 1
+        print(f"B {B}, N {N}, D {D}, K {K}")
+        inputs = torch.randn(B, N, D), 0.3 * torch.randn(K, D), torch.zeros(K, N)
+        inputs = [t.to(device, dtype).requires_grad_() for t in inputs]
         wide = [t.detach().double().requires_grad_() for t in inputs]
-        exact = [call(prototype_attention_reference, wide, backward) for backward in (False, True)]
-        for (name, form), backward in itertools.product(forms.items(), (False, True)):
-            run = functools.partial(call, form, inputs, backward)
-            error = max(((o - e).abs().max() / e.abs().max()).item() for o, e in zip(run(), exact[backward]))
-            torch.cuda.reset_peak_memory_stats() if cuda else None
-            held, (median, low, high, wall) = torch.cuda.memory_allocated(), measure(run, fill)
-            rate = (3 if backward else 1) * (inputs[0].nbytes + 4 * len(x) * K * N) / median / 1e3        # fewest bytes
-            print(f"{len(x):3d} {N:5d} {D:5d} {K:3d} {str(dtype)[6:]:9s}{name:10s}{'fwd+bwd' if backward else 'fwd':8s}"
-                  f"{median:9.0f} ({f'{low:.0f} to {high:.0f})':20s}{wall:9.0f} {error:9.1e} {rate:7.1f}"
-                  + f", {rate / copied:.0%} of copy, peak {torch.cuda.max_memory_allocated() - held >> 20} MiB" * cuda)
-
+        for name, form in forms.items():
+            for backward in False, True:
+                exact = call(prototype_attention_reference, wide, backward)
+                found = call(form, inputs, backward)
+                error = max((f - e).abs().max() / e.abs().max() for f, e in zip(found, exact))
+                median = seconds(lambda: call(form, inputs, backward))
+                rate = inputs[0].nbytes / median / 1e9
+                kind = "fwd+bwd" if backward else "fwd"
+                print(f"  {name:10}{kind:8}{1e6 * median:8.0f} us{rate:8.1f} GB/s  {error:.1e}")
 
 if __name__ == "__main__":
     main()
