@@ -54,7 +54,7 @@ class Attention(nn.Module):
 
     def heads_of(self, x):
         """x (B, T, D) -> q, k, v, each (B, heads, T, 64)."""
-        B, T, D = x.shape
+        B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, 64)
         return qkv.permute(2, 0, 3, 1, 4)
 

@@ -5,7 +5,6 @@ from fractions import Fraction
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import model as ivpt
 
