@@ -341,7 +341,7 @@ def one_line_parser(**kwargs):
     def error(message):
         raise ValueError(f"{message}; --help lists the options")
 
-    parser = argparse.ArgumentParser(**kwargs)
+    parser = argparse.ArgumentParser(allow_abbrev=False, **kwargs)
     parser.error = error
     return parser
 

@@ -103,7 +103,7 @@ class Options:
     amp: bool = option(None, "bf16 autocast (default: where the device has bf16)",
                        action=argparse.BooleanOptionalAction)
     compile: bool = switch("torch.compile the forward and its losses")
-    device: str = option(None, "cuda or cpu (default: what is there)")
+    device: str = option(None, "default: what is there", choices=["cuda", "cpu"])
     workers: int = option(None, "loader processes of each process (GPU: 8, CPU: 1)")
 
 
