@@ -45,16 +45,22 @@ def upsampling_matrix(side):
 
 def find_peaks(maps):
     """maps (n, K, h, w) -> (n, K, 2): x, y of each map's maximum once upsampled to FRAME x FRAME,
-    the first one row by row. Products in fp64, rounded to fp32, let equal patches tie exactly."""
+    the first one row by row. Products in fp64, rounded to fp32, let equal patches tie exactly. To
+    save time fp32 alone finds the few rows that come near a map's maximum."""
     n, K, h, w = maps.shape
     rows = upsampling_matrix(h).to(maps.device)
-    columns = upsampling_matrix(w).to(maps.device)
+    columns = upsampling_matrix(w).T.to(maps.device)
     concepts = torch.arange(K, device=maps.device)
     peaks = torch.zeros(n, K, 2, dtype=torch.long, device=maps.device)
-    for i in range(n):  # one image fits the cache: five times as fast as all at once
-        upsampled = (rows @ maps[i].double() @ columns.T).float()  # (K, FRAME, FRAME)
-        y = upsampled.amax(2).argmax(1)  # argmax returns the first of equal values
-        x = upsampled[concepts, y].argmax(1)
+    for i in range(n):  # one image at a time stays in the cache
+        tall = rows @ maps[i].double()  # (K, FRAME, w)
+        rough = (tall.float() @ columns.float()).amax(2)  # (K, FRAME), the maximum of each row
+        error = 1e-5 * tall.abs().amax((1, 2))  # well above what fp32 loses
+        near = rough >= (rough.amax(1) - error)[:, None]
+        exact = torch.full_like(rough, -torch.inf)
+        exact[near] = (tall[near] @ columns).float().amax(1)
+        y = exact.argmax(1)  # argmax returns the first of equal values
+        x = (tall[concepts, y] @ columns).float().argmax(1)
         peaks[i] = torch.stack([x, y], dim=1)
     return peaks
 
