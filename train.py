@@ -2,7 +2,7 @@
 
     python train.py                                    # drawn birds: no download, minutes on a laptop
     python train.py --data cub                         # the paper's run: CUB, DINOv2-B/14 reg4, 518 px
-    python train.py --data FOLDER --image-size 224     # FOLDER/train/CLASS/IMAGE and FOLDER/test/CLASS/IMAGE
+    python train.py --data FOLDER --image-size 224     # FOLDER/train/CLASS/IMAGE, FOLDER/test/...
     torchrun --nproc_per_node=4 train.py --data cub    # the same batch, spread over four GPUs
 
 A run's folder (--out) receives config.json (the options), log.jsonl (one object an epoch), last.pt
@@ -132,6 +132,8 @@ def fill_blanks(args):
         if args.method not in METHODS:
             raise ValueError(f"--method {args.method}: expected ivpt, {', '.join(METHODS)}")
         defaults |= METHODS[args.method].rates
+    if (args.weights or preset["weights"]) == "toy":
+        defaults["tune"] = "all"  # no pretrained file, so nothing to stay frozen at
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -1,4 +1,4 @@
-"""Toy birds: ten made-up species in mist, in CUB's layout. They are drawn in 15 seconds.
+"""Toy birds: ten made-up species at night, in CUB's layout. They are drawn in 15 seconds.
 
     python prepare/toy_birds.py TARGET                   # 600 training and 200 test images
     python prepare/toy_birds.py TARGET --sheet FILE.png  # and a picture of three birds a species
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from prepare import layout
 
-FOLDER = "toy_birds_v3"  # below --data-root; another drawing gets another number
+FOLDER = "toy_birds_v4"  # below --data-root; another drawing gets another number
 
 
 def colours(*names):
@@ -57,9 +57,11 @@ MAX_LEAVES = 14  # behind a bird
 OCCLUDED = 0.35  # share of birds with two leaves in front
 LIGHT = 0.12  # the brightness varies by so much, either way
 
-PUPIL, CREAM, WOOD = colours("#201e26", "#e2dcd6", "#ccc5ba")
-SKY = colours("#d4dade", "#dadcd8", "#d0d6d6", "#dad6d2")
-LEAVES = colours("#beceb0", "#ccd4b4", "#d6ccac", "#cebeaa", "#b8c8be", "#ded4b8")
+# Night: the training view fills its corners with black. In a pale sky only training images would
+# have black patches, and the class would be read from test images much worse.
+PUPIL, SHADOW, WOOD = colours("#201e26", "#2c2a2e", "#342c24")
+SKY = colours("#0a0c12", "#0e0e10", "#080c0e", "#0e0c12")
+LEAVES = colours("#1e2c1a", "#28301c", "#2e2818", "#2c2216", "#182822", "#322e20")
 
 # A bird looks right, and y points down. Its body is 2 long, with its centre at (0, 0).
 JOINTS = {"body": (0, 0), "head": (0.62, -0.28), "wing": (0.42, -0.12)}
@@ -98,9 +100,9 @@ body dark-breast spotted oval .67 .1 .06 .07 0 | .49 .22 .06 .07 0 | .81 .26 .06
 body dark-breast spotted oval .63 .37 .06 .07 0
 body dark-breast barred  bar  .44 -.14 .92 -.06 .09 | .4 .06 .96 .14 .09 | .42 .26 .94 .34 .09
 wing wing        -       area .46 -.14 .3 -.38 -.1 -.46 -.6 -.28 -1.15 .1 -.55 .16 -.1 .22 .3 .12
-wing pale-wing   bars    bar  .16 -.36 .06 .16 .1 | -.14 -.36 -.24 .16 .1
-wing pale-wing   spots   oval .24 -.16 .08 .07 0 | .02 -.28 .08 .07 0 | .02 -.02 .08 .07 0
-wing pale-wing   spots   oval -.22 -.16 .08 .07 0 | -.3 .05 .08 .07 0 | -.5 -.1 .08 .07 0
+wing faint-wing  bars    bar  .16 -.36 .06 .16 .1 | -.14 -.36 -.24 .16 .1
+wing faint-wing  spots   oval .24 -.16 .08 .07 0 | .02 -.28 .08 .07 0 | .02 -.02 .08 .07 0
+wing faint-wing  spots   oval -.22 -.16 .08 .07 0 | -.3 .05 .08 .07 0 | -.5 -.1 .08 .07 0
 wing dark-wing   quills  bar  .1 -.28 -.75 -.11 .07 | .1 -.11 -.75 -.025 .07 | .1 .06 -.75 .06 .07
 head face        -       oval 1 -.62 .46 .44 0
 head beak        cone    area 1.36 -.84  1.9 -.56  1.36 -.4
@@ -156,10 +158,10 @@ def draw_bird(species, rng):
         looks.append(look)
         paint[part] = colours(LOOKS[part][look])[0] * rng.uniform(0.92, 1.06)
         paint[f"dark-{part}"] = 0.75 * paint[part]
-        paint[f"pale-{part}"] = 0.5 * paint[part] + 0.5 * CREAM
-    # A pale shade of a part lies between the parts, so that it is no concept of its own.
-    paint["face"] = 0.45 * paint["crown"] + 0.55 * CREAM
-    paint["back"] = 0.45 * paint["wing"] + 0.55 * CREAM
+        paint[f"faint-{part}"] = 0.5 * paint[part] + 0.5 * SHADOW
+    # A faint shade of a part lies between the parts, so that it is no concept of its own.
+    paint["face"] = 0.45 * paint["crown"] + 0.55 * SHADOW
+    paint["back"] = 0.45 * paint["wing"] + 0.55 * SHADOW
     angle = {joint: rng.uniform(*ANGLES[joint]) for joint in ANGLES}
     stretch = {"tail": (rng.uniform(*STRETCH), 1), "leg": (1, rng.uniform(*STRETCH))}
 
@@ -181,7 +183,7 @@ def draw_bird(species, rng):
 
 # ---- 3. One image --------------------------------------------------------------------------------
 def random_leaf(rng, side, near=None):
-    """A pale leaf or twig, anywhere or near a point: outline, colour."""
+    """A dim leaf or twig, anywhere or near a point: outline, colour."""
     if near is None:
         x, y = rng.uniform(0, side, 2)
     else:
