@@ -34,7 +34,7 @@ try:
     import triton.language as tl
     jit = triton.jit
     if triton.knobs.runtime.interpret:  # TRITON_INTERPRET=1: wrap_triton refuses such kernels
-        wrap_triton = lambda kernel: kernel  # noqa: E731
+        wrap_triton = lambda kernel: kernel
 except ImportError:  # no Triton for macOS and Windows: the reference serves
     triton, jit = None, lambda kernel: kernel
 
