@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import kernels
 
@@ -292,7 +296,35 @@ def test_kernels_compile_for_every_chip():
             assert fact["atomics"] == 0, (target, fact)
             assert dtype == torch.float32 or fact["tensor_cores"] > 0, (target, fact)
             assert fact.get("LOCAL", 0) == 0, (target, fact)
-            assert fact.get("STACK", 0) <= (0 if chip == 90 else 48), (target, fact)
+            spare = 0 if chip == 90 and dtype != torch.float32 else 48  # parked outside the loops
+            assert fact.get("STACK", 0) <= spare, (target, fact)
+
+class KernelsNoDriver:
+    """Stands in for the GPU that torch.compile asks about when it reads what a kernel writes."""
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU compiles the real thing")
+def test_kernels_launches_can_be_traced_and_torch_knows_what_they_write(monkeypatch):
+    driver = kernels.triton.runtime.driver
+    monkeypatch.setattr(driver, "_active", KernelsNoDriver(), raising=False)
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        x = torch.empty(4, 50, 128, device="cuda", dtype=torch.bfloat16)
+        inputs = x, torch.empty(17, 128, device="cuda"), torch.empty(17, 50, device="cuda")
+
+    def prompted(x, q, bias):  # neither dP nor dx, as in a prompted layer
+        outputs = torch.ops.ivpt.prototype_attention(x, q, bias, True, 0.0, False)
+        return torch.ops.ivpt.prototype_attention_backward(
+            outputs[0], None, None, x, q, bias, *outputs, True, 0.0, False, [False, True, True])
+    graph = make_fx(dispatch_functionalize(prompted), tracing_mode="symbolic")(*inputs).graph
+    written = [set(node.kwargs["tensors_to_clone"]) for node in graph.nodes
+               if "triton_kernel_wrapper" in str(node.target)]
+    assert written == [{"attention_ptr", "part_ptr", "part_mass_ptr"}, {"part_ptr", "db_ptr"}]
 
 # --- The kernels on a GPU -------------------------------------------------------------------------
 @needs_gpu
