@@ -42,9 +42,9 @@ RELEASED = PAPER | dict(bias="inside", fusion="linear", tune="tokens", lr_bias=2
 TUNED = PAPER | dict(start="kmeans", distance="scaled")  # ours: regions should follow the bird
 RECIPES = {"paper": PAPER, "released": RELEASED, "tuned": TUNED}
 
-# What the command line leaves open is filled in by the data set's preset, then by the recipe.
-PRESET = dict(recipe="paper", weights="vitb14_reg4", image_size=518, pretrain=0, epochs=25,
-              lr=1e-2, lr_prototypes=2e-4)
+# The data set's preset. What the command line leaves open is filled in from here.
+PRESET = dict(weights="vitb14_reg4", image_size=518, pretrain=0, epochs=25, lr=1e-2,
+              lr_prototypes=2e-4)
 TOY_PRESET = PRESET | dict(weights="toy", image_size=112, pretrain=16, epochs=12,
                            lr_prototypes=5e-4)  # few steps: the prototypes must move faster
 
@@ -59,33 +59,28 @@ def switch(help):
 
 @dataclass
 class Options:
-    """The command line, config.json and a checkpoint's "options" in one."""
+    """The command line, config.json and the options in a checkpoint."""
     # data and run
     data: str = option("toy", "toy (drawn birds), cub (CUB-200-2011) or a folder: see data.py")
     data_root: str = option(None, "folder that holds the data set, or where to put it")
     out: str = option(None, "folder of the run (runs/DATA)")
     resume: bool = switch("go on after the last finished epoch of the run in --out")
     overwrite: bool = switch("replace the run in --out")
-    validate: bool = switch("train on three of four training images and evaluate on the fourth: "
-                            "choose options by this, not by test images")
+    validate: bool = switch("train on three of four training images, evaluate on the fourth")
     # model
     method: str = option("ivpt", "ivpt, or a baseline's name: see baselines/")
-    recipe: str = option(None, "paper: its text; released: the authors' program; tuned: ours",
+    recipe: str = option("paper", "paper: its text; released: the authors' program; tuned: ours",
                          choices=list(RECIPES))
     weights: str = option(None, "vits14, vitb14, vitl14, vitg14, each also with _reg4, or a file")
     image_size: int = option(None, "side of the input in pixels, a multiple of the patch")
-    prototypes: tuple = option((17, 14, 11, 8, 5), "prototypes of each concept layer, the "
-                               "background counted", nargs="+", type=int)
-    bias: str = option(None, "spatial bias after the softmax (paper) or inside it (released)",
+    prototypes: tuple = option((17, 14, 11, 8, 5), "prototypes of each concept layer, with the "
+                               "background", nargs="+", type=int)
+    bias: str = option(None, "spatial bias after or inside the softmax",
                        choices=["after", "inside"])
-    fusion: str = option(None, "fusion head: mlp (paper) or linear (released)",
-                         choices=["mlp", "linear"])
-    tune: str = option(None, "what learns in the backbone: none (paper), tokens (released), all",
-                       choices=["none", "tokens", "all"])
-    start: str = option(None, "prototypes start as noise (paper) or as k-means centres of patches",
-                        choices=["noise", "kmeans"])
-    distance: str = option(None, "euclidean (paper), or scaled: softer shares, see ConceptLayer",
-                           choices=["euclidean", "scaled"])
+    fusion: str = option(None, "head of the fusion", choices=["mlp", "linear"])
+    tune: str = option(None, "what learns in the backbone", choices=["none", "tokens", "all"])
+    start: str = option(None, "where prototypes start", choices=["noise", "kmeans"])
+    distance: str = option(None, "of patches and prototypes", choices=["euclidean", "scaled"])
     no_bias: bool = switch("ablation: no spatial bias")
     no_regions: bool = switch("ablation: global attention pools instead of regions")
     no_cross_layer: bool = switch("ablation: concepts at the output alone, no prompts")
@@ -98,13 +93,13 @@ class Options:
     lr_prototypes: float = option(None, "rate of prototypes, prompts and tuned tokens")
     lr_bias: float = option(None, "rate of the spatial bias: too high, and regions stand still")
     lr_backbone: float = option(2e-4, "rate of the backbone under --tune all")
-    seed: int = option(42, "seeds weights, order, augmentation and noise")
+    seed: int = option(42, "of weights, order, augmentation and noise")
     # machine
     amp: bool = option(None, "bf16 autocast (default: where the device has bf16)",
                        action=argparse.BooleanOptionalAction)
     compile: bool = switch("torch.compile the forward and its losses")
     device: str = option(None, "default: what is there", choices=["cuda", "cpu"])
-    workers: int = option(None, "loader processes of each process (GPU: 8, CPU: 1)")
+    workers: int = option(None, "loader processes of each process (default: up to 8, CPU 1)")
 
 
 def parse(argv=None):
@@ -124,8 +119,6 @@ def parse(argv=None):
 def fill_blanks(args):
     """What was typed wins, then the baseline's rates, the data set's preset, the recipe."""
     preset = TOY_PRESET if args.data == "toy" else PRESET
-    if args.recipe is None:
-        args.recipe = preset["recipe"]
     defaults = RECIPES[args.recipe] | preset | dict(out=f"runs/{Path(args.data).resolve().name}")
     if args.method != "ivpt":
         from baselines import METHODS
@@ -144,17 +137,18 @@ def fill_blanks(args):
     if args.amp is None:
         args.amp = has_bf16(args.device)
     if args.workers is None:
-        args.workers = 8 if args.device == "cuda" else 1
+        args.workers = min(8, os.cpu_count()) if args.device == "cuda" else 1
 
 
 def check(args):
-    """One line for what cannot work, before anything is read or written."""
-    for name in ("epochs", "batch_size", "image_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
-    for name in ("pretrain", "workers", "seed", "lr", "lr_prototypes", "lr_bias", "lr_backbone"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 0 or more")
+    """One line for numbers that cannot work, before anything is read or written."""
+    at_least_1 = ("epochs", "batch_size", "image_size")
+    at_least_0 = ("pretrain", "workers", "seed", "lr", "lr_prototypes", "lr_bias", "lr_backbone")
+    for name in at_least_1 + at_least_0:
+        lowest = 1 if name in at_least_1 else 0
+        if not lowest <= getattr(args, name) < math.inf:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} {getattr(args, name)}: expected {lowest} or more")
 
 
 def has_bf16(device):
