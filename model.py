@@ -31,7 +31,8 @@ ARCHITECTURES = {
     "vitl14": dict(width=1024, depth=24, patch_size=14, pos_grid=37),
     "vitg14": dict(width=1536, depth=40, patch_size=14, pos_grid=37, swiglu=4096),
 }
-ARCHITECTURES |= {f"{name}_reg4": dict(vit, registers=4) for name, vit in ARCHITECTURES.items()}
+for name, vit in list(ARCHITECTURES.items()):
+    ARCHITECTURES[f"{name}_reg4"] = dict(vit, registers=4)
 ARCHITECTURES["toy"] = dict(width=128, depth=6, patch_size=8, pos_grid=14)  # train.py pretrains it
 
 SMOOTHING = 1e-6  # a <- (a + 1e-6) / sum_k (a + 1e-6), so that logarithms stay finite
@@ -61,7 +62,7 @@ class Attention(nn.Module):
     def forward(self, x, prompts=None):
         """x (B, T, D) attends to itself and to the prompts (B, G, D)."""
         q, k, v = self.heads_of(x)
-        if prompts is not None:  # of prompts only keys and values are needed
+        if prompts is not None:  # nobody reads what becomes of them, so they need no queries
             _, prompt_k, prompt_v = self.heads_of(prompts)
             k = torch.cat([k, prompt_k], dim=2)  # (B, heads, T + G, 64)
             v = torch.cat([v, prompt_v], dim=2)
@@ -105,11 +106,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """x + ls1(attention(norm1(x))), then x + ls2(mlp(norm2(x))).
-
-    Prompts (B, G, D) are tokens of this block alone. What the block would make of them is never
-    read, so it is not computed: the other tokens attend to them, no more.
-    """
+    """Prompts (B, G, D) are tokens of this block alone: the others attend to them, no more."""
 
     def __init__(self, width, swiglu=0):
         super().__init__()
@@ -140,9 +137,8 @@ def patch_grid(image_size, patch_size):
     """A side or (height, width) in pixels -> patches (h, w). ValueError if they do not fit."""
     H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
     if H % patch_size or W % patch_size or min(H, W) < patch_size:
-        below = max(1, H // patch_size) * patch_size
         raise ValueError(f"image size {H} x {W}: expected sides divisible by the patch of "
-                         f"{patch_size} pixels; take --image-size {below} or {below + patch_size}")
+                         f"{patch_size} pixels; change --image-size")
     return H // patch_size, W // patch_size
 
 
@@ -153,8 +149,6 @@ class VisionTransformer(nn.Module):
     itself takes any image whose sides the patch divides. Raises ValueError for other sizes.
     """
 
-    has_file = False  # set by load_backbone; a backbone without a file goes into the checkpoint
-
     def __init__(self, width, depth, patch_size, pos_grid, registers=0, swiglu=0, image_size=None):
         super().__init__()
         self.width, self.patch_size = width, patch_size
@@ -162,6 +156,7 @@ class VisionTransformer(nn.Module):
         self.prefix = 1 + registers  # tokens before the patches
         self.image_size = image_size or pos_grid * patch_size
         self.grid = patch_grid(self.image_size, patch_size)  # (h, w)
+        self.has_file = False  # load_backbone sets it; checkpoints hold a backbone without a file
 
         self.patch_embed = PatchEmbed(width, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -200,9 +195,8 @@ class VisionTransformer(nn.Module):
         tokens = torch.cat([cls, self.patch_embed(images)], dim=1)
         tokens = tokens + self.positions(h, w)
         if self.registers:  # they have no position
-            cls, patches = tokens.split([1, h * w], dim=1)
             registers = self.register_tokens.expand(B, -1, -1)
-            tokens = torch.cat([cls, registers, patches], dim=1)
+            tokens = torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)
         return tokens
 
     def forward(self, images):
@@ -241,29 +235,25 @@ def load_backbone(name_or_path, image_size=None):
     architecture = read_architecture(state, path)
     with torch.device("meta"):  # without memory of its own: it takes over the file's tensors
         backbone = VisionTransformer(**architecture, image_size=image_size)
-    check_shapes(backbone.state_dict(), state, f"weights {path}")
-    backbone.load_state_dict(state, assign=True)
+    load_state(backbone, state, f"weights {path}", assign=True)
     backbone.has_file = True
     return backbone.float().eval()
 
 
 def download_weights(name):
     """Meta's state dict of a named backbone (Apache-2.0), from torch.hub's cache or the network."""
-    folder = name.removesuffix("_reg4")
-    url = URL.format(folder=folder, name=name)
+    url = URL.format(folder=name.removesuffix("_reg4"), name=name)
     file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
-    remedy = f"try again, put it at {file}, or name a local file by --weights"
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise OSError(f"weights {name}: could not fetch {url} ({error}); {remedy}") from None
-    except Exception:  # half a file or a login page, on which torch can raise anything
+    except Exception as error:  # no network, half a file, a login page: torch can raise anything
         file.unlink(missing_ok=True)
-        raise ValueError(f"weights {name}: {url} came damaged, now removed; {remedy}") from None
+        raise OSError(f"weights {name}: could not fetch {url} ({error!r:.100}); try again, "
+                      f"put it at {file}, or name a local file by --weights") from None
 
 
 def read_file(path, what):
-    """torch.load of tensors and plain values, never of code. A damaged file is one line."""
+    """torch.load of tensors and plain values, never of code."""
     try:
         return torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
     except OSError:  # it names the file
@@ -279,27 +269,24 @@ def read_architecture(state, path):
     if not isinstance(state, dict) or not needed <= state.keys():
         raise ValueError(f"weights {path}: not a ViT's state dict in DINOv2's names; take another")
     width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
-    pos_grid = round((state["pos_embed"].shape[1] - 1) ** 0.5)
-    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    registers = swiglu = 0
-    if "register_tokens" in state:
-        registers = state["register_tokens"].shape[1]
-    if "blocks.0.mlp.w3.weight" in state:
-        swiglu = state["blocks.0.mlp.w3.weight"].shape[1]
-    return dict(width=width, depth=depth, patch_size=patch_size, pos_grid=pos_grid,
-                registers=registers, swiglu=swiglu)
+    num_positions = state["pos_embed"].shape[1] - 1  # without cls
+    absent = torch.empty(0, 0)
+    return dict(
+        width=width,
+        depth=len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
+        patch_size=patch_size,
+        pos_grid=math.isqrt(num_positions),
+        registers=state.get("register_tokens", absent).shape[1],
+        swiglu=state.get("blocks.0.mlp.w3.weight", absent).shape[1])
 
 
-def check_shapes(ours, theirs, what):
-    """One line that names the first key that is missing, unknown or of another shape."""
-    for key in [*ours, *theirs]:
-        expected = tuple(ours[key].shape) if key in ours else "no such key"
-        found = "no such tensor"
-        if torch.is_tensor(theirs.get(key)):
-            found = tuple(theirs[key].shape)
-        if found != expected:
-            raise ValueError(f"{what}: {key}: found {found}, expected {expected}; "
-                             "take the file that this model was made for")
+def load_state(module, state, what, assign=False):
+    """load_state_dict, strict; its error becomes one line, which names the keys that do not fit."""
+    try:
+        module.load_state_dict(state, assign=assign)
+    except RuntimeError as error:
+        line = " ".join(str(error).split())
+        raise ValueError(f"{what}: {line[:300]}; take the file that fits") from None
 
 
 # ---------------------------------------------------------------- the concept layer and the fusion
@@ -311,7 +298,7 @@ class ConceptLayer(nn.Module):
     Intra-region aggregation: p_k = sum(a_k e) / sum(a_k) over the patches where a_k is largest.
 
     scaled: patches at length sqrt(D), squared distances over sqrt(D), so softer shares (ours).
-    spatial_bias, regions: False takes the idea away, for the ablation.
+    The other arguments are those of IVPT.
     """
 
     def __init__(self, K, width, N, bias_after_softmax=True,
@@ -328,11 +315,12 @@ class ConceptLayer(nn.Module):
         return F.normalize(to_float32(patches), dim=-1) * patches.shape[-1] ** 0.5
 
     def forward(self, patches, smoothing=0.0, detach_maps=False):
-        """patches (B, N, D) -> attention (B, K, N), pooled (B, K, D), mass (B, K) of the regions.
+        """patches (B, N, D) -> attention a (B, K, N), pooled p (B, K, D), mass (B, K), p's divisor.
 
         smoothing comes before pooling; detach_maps lets patches learn from pooled, not from maps.
         """
-        patches, prototypes = self.prepare(patches), self.prototypes
+        patches = self.prepare(patches)
+        prototypes = self.prototypes
         if self.scaled:  # D^-1/4 on both sides divides |e - q|^2 by sqrt(D), as attention does
             factor = patches.shape[-1] ** -0.25
             patches, prototypes = patches * factor, prototypes * factor
@@ -402,8 +390,6 @@ class Output(NamedTuple):  # as IVPT fills it; the docstring of a baseline says 
 
 def tune_backbone(backbone, tune):
     """What of a backbone is trained: "none" (paper), its "tokens" (released) or "all"."""
-    if tune not in ("none", "tokens", "all"):
-        raise ValueError(f"tune {tune!r}: expected none, tokens or all")
     tokens = ("cls_token", "register_tokens", "pos_embed")
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad = tune == "all" or (tune == "tokens" and name in tokens)
@@ -413,8 +399,8 @@ def tune_backbone(backbone, tune):
 class IVPT(nn.Module):
     """Interpretable visual prompt tuning of a VisionTransformer, which is used, not copied.
 
-    prototypes: prototypes of each concept layer, background included. All layers but the last
-        prompt one block each, the last len(prototypes) - 1.
+    prototypes: how many each concept layer has, the background counted. The last layer reads the
+        output. Each of the others prompts one block: these are the backbone's last blocks.
     bias_after_softmax: a = max(softmax + bias, 0) as in the text; False: softmax(logit + bias).
     fusion_mlp: fusion head with an MLP (paper) or one Linear (released).
     tune: see tune_backbone; scaled: see ConceptLayer.
@@ -442,12 +428,14 @@ class IVPT(nn.Module):
         if min(backbone.grid) < 3:
             raise ValueError(f"image size {backbone.image_size}: {backbone.grid} patches, "
                              "expected at least 3 a side")
+        if not cross_layer:
+            prototypes = prototypes[-1:]
         self.backbone, self.grid = backbone, backbone.grid  # grid: (h, w)
         self.num_classes, self.tune = num_classes, tune
-        self.prototypes = tuple(prototypes) if cross_layer else tuple(prototypes)[-1:]  # counts
+        self.prototypes = tuple(prototypes)  # how many; they themselves are in concepts
         tune_backbone(backbone, tune)
 
-        N, D = self.grid[0] * self.grid[1], backbone.width
+        N, D = math.prod(self.grid), backbone.width
         G = self.prototypes[-1] - 1
         self.concepts, self.fusions = nn.ModuleList(), nn.ModuleList()
         for K in self.prototypes:
@@ -472,7 +460,7 @@ class IVPT(nn.Module):
                 tokens = block(tokens)
         return tokens
 
-    def patches_of(self, tokens):
+    def normed_patches(self, tokens):
         """Tokens (B, T, D) -> patches (B, N, D) after the backbone's own final norm."""
         return self.backbone.norm(tokens[:, self.backbone.prefix:])
 
@@ -482,10 +470,6 @@ class IVPT(nn.Module):
         backbone_graph=False keeps no graph of the backbone, for the equivariance loss: its maps
         see patches through sg, so prototypes and biases still get their whole gradient.
         """
-        grid = patch_grid(images.shape[2:], self.backbone.patch_size)
-        if grid != self.grid:
-            raise ValueError(f"images with a grid of {grid} patches: expected {self.grid}, "
-                             "for which this model's spatial biases were made")
         graph = torch.is_grad_enabled() and backbone_graph
         with torch.set_grad_enabled(graph):
             tokens = self.unprompted(images)
@@ -493,7 +477,7 @@ class IVPT(nn.Module):
         attention, groups, fused = [], [], []
         prompted_blocks = self.backbone.blocks[self.num_unprompted:]
         for concept, fusion, block in zip(self.concepts, self.fusions, prompted_blocks):
-            e = self.patches_of(tokens).detach()  # e = LN(sg(x_l)), (B, N, D)
+            e = self.normed_patches(tokens).detach()  # e = LN(sg(x_l)), (B, N, D)
             a, pooled, mass = concept(e)  # (B, K, N), (B, K, D), (B, K)
             pooled, mass = pooled.detach(), mass.detach()  # sg: a prompt does not move its regions
             prompts, S = fusion(pooled[:, :-1], mass[:, :-1])  # of all but the background
@@ -506,7 +490,7 @@ class IVPT(nn.Module):
                 fused.append(fuse_maps(a, S).unflatten(2, self.grid))
 
         with torch.set_grad_enabled(graph):
-            x = self.patches_of(tokens)  # with gradient: the classes are read from it
+            x = self.normed_patches(tokens)  # with gradient: the classes are read from it
         a, pooled, _ = self.concepts[-1](x, smoothing=SMOOTHING, detach_maps=True)  # maps of sg(x)
         attention.append(a.unflatten(2, self.grid))
         features = self.norm(pooled)  # (B, G + 1, D), jointly over concepts and width
@@ -518,19 +502,17 @@ class IVPT(nn.Module):
 # ---------------------------------------------------------------- where the prototypes start
 
 @torch.no_grad()
-def start_prototypes(model, dataset, seed, num_images=512, num_patches=100):
+def start_prototypes(model, dataset, seed):
     """Prototypes become k-means centres of the unprompted ViT's patches (train.py --start kmeans).
 
     Each layer's foreground patches form K - 1 clusters; the mean of all others is the background
     prototype. dataset: training images in the test view; no annotation is read. Raises ValueError.
     """
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(dataset), generator=generator)[:num_images].tolist()
-    loader = DataLoader(dataset, 16, sampler=chosen)
-    samples, rims = sample_patches(model, loader, num_patches, generator)
+    samples, radius2 = sample_patches(model, dataset, generator)
     for concept, e in zip(model.concepts, samples):
         num_concepts = len(concept.prototypes) - 1
-        foreground = find_foreground(e, rims, generator)
+        foreground = find_foreground(e, radius2, generator)
         if foreground.sum() <= num_concepts:
             raise ValueError(f"--start kmeans: {foreground.sum()} foreground patches for "
                              f"{num_concepts} concepts; give more images, or take --start noise")
@@ -539,30 +521,30 @@ def start_prototypes(model, dataset, seed, num_images=512, num_patches=100):
         concept.prototypes.copy_(torch.cat([centres, background]))
 
 
-def sample_patches(model, loader, num_patches, generator):
-    """Patches as each concept layer meets them, a list of (n, D), and their rims (n).
+def sample_patches(model, dataset, generator):
+    """100 patches of each of 512 images -> (n, D) for every concept layer, and radius2 (n).
 
-    A rim is a patch's squared distance from the image's middle, as in background_presence.
+    radius2 is a patch's squared distance from the middle of its image: 1 at an edge, 2 in a corner.
     """
-    backbone, device = model.backbone, model.classifier.weight.device
+    device = model.classifier.weight.device
     y, x = (torch.linspace(-1, 1, side) for side in model.grid)
-    rim = (y[:, None] ** 2 + x ** 2).flatten()  # (N)
-    samples, rims = [[] for _ in model.concepts], []
-    for images, *_ in loader:
-        kept = torch.randperm(len(rim), generator=generator)[:num_patches]
-        rims.append(rim[kept].repeat(len(images)))
-        tokens = backbone.embed(images.to(device))
-        for l, block in enumerate([*backbone.blocks, nn.Identity()]):
-            if l >= model.num_unprompted:
-                layer = l - model.num_unprompted
-                e = model.concepts[layer].prepare(model.patches_of(tokens)[:, kept])
-                samples[layer].append(e.float().flatten(0, 1))
+    grid_radius2 = (y[:, None] ** 2 + x ** 2).flatten()  # (N)
+    chosen = torch.randperm(len(dataset), generator=generator)[:512].tolist()
+    blocks = [*model.backbone.blocks[model.num_unprompted:], nn.Identity()]
+    samples, radius2 = [[] for _ in model.concepts], []
+    for images, *_ in DataLoader(dataset, 16, sampler=chosen):
+        kept = torch.randperm(len(grid_radius2), generator=generator)[:100]
+        radius2.append(grid_radius2[kept].repeat(len(images)))
+        tokens = model.unprompted(images.to(device))
+        for concept, sample, block in zip(model.concepts, samples, blocks):
+            e = concept.prepare(model.normed_patches(tokens)[:, kept])
+            sample.append(e.float().flatten(0, 1))
             tokens = block(tokens)
-    return [torch.cat(sample) for sample in samples], torch.cat(rims).to(device)
+    return [torch.cat(sample) for sample in samples], torch.cat(radius2).to(device)
 
 
-def find_foreground(e, rims, generator):
-    """Patches e (n, D), rims (n) -> bool (n): which are foreground.
+def find_foreground(e, radius2, generator):
+    """Patches e (n, D), their radius2 (n) -> bool (n): which are foreground.
 
     The first principal component tells object from background. Its object end is the one nearer to
     the middle of the images. We cut it into three clusters and take the last: of two, the last
@@ -570,28 +552,29 @@ def find_foreground(e, rims, generator):
     """
     centred = e - e.mean(0)
     eigenvectors = torch.linalg.eigh(centred.T @ centred).eigenvectors  # eigenvalues ascend
-    component = centred @ eigenvectors[:, -1:]  # (n, 1)
-    towards_rim = (component[:, 0] * (rims - rims.mean())).sum()
-    component = component * -torch.sign(towards_rim)  # its sign is arbitrary: high is the middle
+    component = centred @ eigenvectors[:, -1:]  # (n, 1), of arbitrary sign
+    outwards = (component[:, 0] * (radius2 - radius2.mean())).sum()
+    component = component * -torch.sign(outwards)  # now the middle is high
     low, middle, high = kmeans(component, 3, generator).flatten().sort().values
-    return (component[:, 0] > (middle + high) / 2) & (rims <= 1)
+    return (component[:, 0] > (middle + high) / 2) & (radius2 <= 1)
 
 
-def kmeans(e, K, generator, restarts=5, iterations=30):
-    """Patches e (n, D) -> the best centres (K, D) of some restarts.
+def kmeans(e, K, generator):
+    """Patches e (n, D) -> centres (K, D), the best of five starts.
 
-    Each begins with k-means++ (Arthur, Vassilvitskii 2007): a patch becomes a centre with a
-    probability that grows with its squared distance from the centres before it.
+    A start is k-means++ (Arthur, Vassilvitskii 2007): a patch becomes a centre with a probability
+    that grows with its squared distance d2 from the nearest centre before it.
     """
     best, found = math.inf, None
-    for _ in range(restarts):
-        centres, nearest = e[:0], e.new_ones(len(e))
+    for _ in range(5):
+        centres, d2 = e[:0], e.new_ones(len(e))
         for _ in range(K):
-            nearest = nearest + (nearest.sum() == 0)  # fewer different patches than centres
-            pick = torch.multinomial(nearest.cpu(), 1, generator=generator).to(e.device)
+            if d2.sum() == 0:  # fewer different patches than centres
+                d2 = torch.ones_like(d2)
+            pick = torch.multinomial(d2.cpu(), 1, generator=generator).to(e.device)
             centres = torch.cat([centres, e[pick]])
-            nearest = torch.cdist(e, centres).amin(1).square()
-        for _ in range(iterations):
+            d2 = torch.cdist(e, centres).amin(1).square()
+        for _ in range(30):
             owner = torch.cdist(e, centres).argmin(1)
             sums = torch.zeros_like(centres).index_add_(0, owner, e)
             sizes = torch.bincount(owner, minlength=K)[:, None]
@@ -644,7 +627,7 @@ def fingerprint(model):
     held = trained_state(model)
     for name, parameter in sorted(model.backbone.named_parameters()):
         if "backbone." + name not in held:
-            values = parameter.detach().cpu().contiguous().numpy()
+            values = parameter.detach().cpu().numpy()
             digest.update(name.encode() + values.tobytes())
     return digest.hexdigest()
 
@@ -653,13 +636,10 @@ def save(path, content):
     """Write a text or a torch object beside path, then move it there: path is always whole."""
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        if isinstance(content, str):
-            file.write(content.encode())
-        else:
-            torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    if isinstance(content, str):
+        temporary.write_text(content, encoding="utf-8")
+    else:
+        torch.save(content, temporary)
     os.replace(temporary, path)
 
 
@@ -677,15 +657,15 @@ def restore(model, checkpoint, path):
     if fingerprint(model) != checkpoint["fingerprint"]:
         raise ValueError(f"checkpoint {path}: trained on another frozen backbone than this one; "
                          "name its file by --weights")
-    check_shapes(trained_state(model), checkpoint["model"], f"checkpoint {path}")
-    model.load_state_dict(checkpoint["model"], strict=False)
+    held = trained_state(model)
+    frozen = {name: x for name, x in model.state_dict().items() if name not in held}
+    load_state(model, frozen | checkpoint["model"], f"checkpoint {path}")
 
 
 def load_checkpoint(path, weights=None):
     """A run's last.pt -> (model in eval mode, checkpoint dict).
 
-    weights: the backbone's file, if it has moved. Raises ValueError or OSError, one line, for a
-    file that is missing, damaged, no checkpoint, or of another frozen backbone.
+    weights: the backbone's file, if it has moved. Raises ValueError or OSError, one line.
     """
     checkpoint = read_checkpoint(path)
     options = dict(checkpoint["options"])
