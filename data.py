@@ -1,10 +1,11 @@
-"""The images of IVPT (ICLR 2026, arXiv 2503.06084): CUB-200-2011, drawn birds, or a folder of yours.
+"""The images of IVPT (ICLR 2026, arXiv 2503.06084): CUB-200-2011, drawn birds, or your own.
 
     python data.py --data cub --data-root DIR   # find CUB in DIR, or download it there (1.1 GB)
     python data.py --data FOLDER                # print what is in a folder
 
-A folder has CUB's layout, or one folder for each class: train/CLASS/IMAGE and test/CLASS/IMAGE
-(or val/CLASS/IMAGE). The scripts in prepare/ convert other data sets to CUB's layout.
+Your folder needs no lists if it has a folder for each class: train/CLASS/IMAGE and test/CLASS/IMAGE
+(or val/CLASS/IMAGE). With boxes or parts it has CUB's layout, which read_cub describes. The scripts
+in prepare/ convert other data sets to it.
 """
 import argparse
 import math
@@ -24,13 +25,11 @@ from torchvision.transforms.v2 import functional as T
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).reshape(3, 1, 1)
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).reshape(3, 1, 1)
-FRAME = 224  # side of the frame in which the metrics place key points, whatever the image size
+FRAME = 224  # the part metrics scale key points to this side, whatever the image size
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 CUB_MD5 = "97eceeb196236b17998738112f37df78"
 CUB_LISTS = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
 WHOLE_IMAGE = (0, 0, np.inf, np.inf)  # the box of an image that has none: x, y, width, height
-# Pillow raises these for damaged files, and nothing else for 90,000 files with random damage.
-DAMAGED_FILE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
 # ---- 1. Where the data is ------------------------------------------------------------------------
@@ -42,24 +41,27 @@ def find(data, data_root=None):
     """
     root = Path(data_root or "~/.cache/ivpt").expanduser()
     if data == "toy":
-        from prepare import toy_birds
+        try:
+            from prepare import toy_birds
+        except ImportError as error:
+            raise FileNotFoundError(f"--data toy: {error}; it needs the folder prepare/") from None
         folder = root / toy_birds.FOLDER
     elif data == "cub":
         is_cub = (root / CUB_LISTS[0]).is_file()
         folder = root if is_cub else root / "CUB_200_2011"
     else:
         folder = Path(data_root or "").expanduser() / Path(data).expanduser()
-    if not folder.is_dir():
-        if data not in ("toy", "cub"):
+        if not folder.is_dir():
             raise FileNotFoundError(f"--data {data}: no such folder; expected toy, cub or a folder")
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            command = f"python data.py --data {data} --data-root {root}"
-            raise FileNotFoundError(f"{folder} is missing; before torchrun, run {command}")
-        if data == "toy":
-            toy_birds.draw(folder)
-        else:
-            download_cub(root)
-    find_reader(folder)
+    if folder.is_dir():
+        return folder
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        command = f"python data.py --data {data} --data-root {root}"
+        raise FileNotFoundError(f"{folder} is missing; before torchrun, run {command}")
+    if data == "toy":
+        toy_birds.draw(folder)
+    else:
+        download_cub(root)
     return folder
 
 
@@ -70,22 +72,63 @@ def download_cub(root):
         raise OSError(f"{CUB_URL}: {error}; fetch it yourself and put it into {root}") from None
 
 
-def find_reader(folder):
-    """The function that reads the folder's layout: read_cub or read_class_folders."""
+# ---- 2. The two layouts --------------------------------------------------------------------------
+def read_folder(folder):
+    """What a folder holds, without opening an image.
+
+    Returns the names of the classes and of the M parts; then, for all n images: files, labels,
+    whether they are for training, boxes (n, 4) of x, y, width, height, and key points (n, M, 3) of
+    x, y, visible. Boxes and key points are in pixels of the file.
+    """
     missing = [name for name in CUB_LISTS if not (folder / name).is_file()]
     if not missing:
-        return read_cub
+        return read_cub(folder)
     if (folder / "train").is_dir():
-        return read_class_folders
+        return read_class_folders(folder)
     raise FileNotFoundError(f"{folder} has neither {', '.join(missing)} nor train/CLASS/IMAGE")
 
 
-# ---- 2. The two layouts --------------------------------------------------------------------------
-# A reader opens no image. It returns the names of the classes and of the M parts. Then, for all n
-# images: files, labels, whether they are for training, boxes (n, 4) of x, y, width, height, and
-# key points (n, M, 3) of x, y, visible. Boxes and key points are in pixels of the image.
+def read_cub(folder):
+    """CUB-200-2011 (Wah et al. 2011), a subset of it, or other data in its layout.
+
+    images.txt              ID FILE, below images/     classes.txt          CLASS NAME
+    image_class_labels.txt  ID CLASS                   bounding_boxes.txt   ID X Y WIDTH HEIGHT
+    train_test_split.txt    ID 1, or 0 for testing     parts/parts.txt      PART NAME
+                                                       parts/part_locs.txt  ID PART X Y VISIBLE
+    The lists on the right are optional. ID, CLASS and PART are any words. Without classes.txt,
+    classes are called like the folders of their images.
+    """
+    file_of = dict(read_list(folder / "images.txt", 2))
+    class_of = dict(read_list(folder / "image_class_labels.txt", 2))
+    split_of = dict(read_list(folder / "train_test_split.txt", 2))
+    class_names = dict(read_list(folder / "classes.txt", 2))
+    part_names = dict(read_list(folder / "parts/parts.txt", 2))
+    box_of = {key: box for key, *box in read_list(folder / "bounding_boxes.txt", 5)}
+    row_of = {key: row for row, key in enumerate(file_of)}
+    part_of = {key: part for part, key in enumerate(part_names)}
+    keypoints = np.zeros((len(file_of), len(part_names), 3))
+    try:
+        if not class_names:
+            class_names = {class_of[key]: Path(file).parent.name for key, file in file_of.items()}
+        label_of = {key: label for label, key in enumerate(class_names)}
+        labels = [label_of[class_of[key]] for key in file_of]
+        for_training = [split_of[key] == "1" for key in file_of]
+        boxes = np.array([box_of.get(key, WHOLE_IMAGE) for key in file_of], float)
+        for key, part, *point in read_list(folder / "parts/part_locs.txt", 5):
+            if key in row_of:  # a subset may come with the list of all images
+                keypoints[row_of[key], part_of[part]] = point
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{folder}: its lists do not fit together at {error}") from None
+    files = [folder / "images" / file for file in file_of.values()]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing, though images.txt names it")
+    classes = list(class_names.values())
+    return classes, list(part_names.values()), files, labels, for_training, boxes, keypoints
+
+
 def read_list(path, columns):
-    """The rows of a list, split into fields; the last may contain spaces. No list, no rows."""
+    """The rows of a list, split into fields; the last may contain spaces. None without the file."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -96,45 +139,8 @@ def read_list(path, columns):
     return rows
 
 
-def read_cub(folder):
-    """CUB-200-2011 (Wah et al. 2011), a subset of it, or other data in its layout.
-
-    Only CUB_LISTS are required. Ids are any words. Without classes.txt, classes are called like
-    the folders of their images.
-    """
-    image_names = dict(read_list(folder / "images.txt", 2))
-    class_of = dict(read_list(folder / "image_class_labels.txt", 2))
-    split_of = dict(read_list(folder / "train_test_split.txt", 2))  # "1": for training
-    class_names = dict(read_list(folder / "classes.txt", 2))
-    part_names = dict(read_list(folder / "parts/parts.txt", 2))
-    row_of = {key: row for row, key in enumerate(image_names)}
-    part_of = {key: part for part, key in enumerate(part_names)}
-    boxes = np.tile(WHOLE_IMAGE, (len(image_names), 1))
-    keypoints = np.zeros((len(image_names), len(part_names), 3))
-    try:
-        if not class_names:
-            class_names = {class_of[key]: Path(image_names[key]).parent.name for key in image_names}
-        label_of = {key: label for label, key in enumerate(class_names)}
-        labels = [label_of[class_of[key]] for key in image_names]
-        for_training = [split_of[key] == "1" for key in image_names]
-        for key, *box in read_list(folder / "bounding_boxes.txt", 5):
-            if key in row_of:
-                boxes[row_of[key]] = box
-        for key, part, *point in read_list(folder / "parts/part_locs.txt", 5):
-            if key in row_of:
-                keypoints[row_of[key], part_of[part]] = point
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{folder}: its lists do not fit together at {error}") from None
-    files = [folder / "images" / name for name in image_names.values()]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing, though images.txt names it")
-    classes = list(class_names.values())
-    return classes, list(part_names.values()), files, labels, for_training, boxes, keypoints
-
-
 def read_class_folders(folder):
-    """train/CLASS/IMAGE and test/CLASS/IMAGE, or val/. test/ may lack classes. No parts, no boxes."""
+    """train/CLASS/IMAGE and test/CLASS/IMAGE, or val/CLASS/IMAGE. test/ may lack classes."""
     test = folder / "test"
     if not any(path.is_dir() for path in test.glob("*")):
         test = folder / "val"
@@ -162,26 +168,19 @@ def read_image(path, upright=False):
     """
     try:
         with Image.open(path) as file:
-            file.load()  # before its size is used: Pillow may turn a TIFF here
+            file.load()  # some formats know size and mode only now
             image = ImageOps.exif_transpose(file) if upright else file
-            if image.mode.startswith(("I", "F")):  # 16 bits or floats
-                image = to_8_bits(image)
+            if image.mode == "F":
+                raise ValueError("its pixels are floats; expected 8 or 16 bits")
+            if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
+                values = np.asarray(image) / 256
+                image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("RGB")
-    except DAMAGED_FILE as error:
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image ({error})") from None
-
-
-def to_8_bits(image):
-    """A greyscale image of 16 bits or floats, scaled. Pillow's convert() would clip it at 255."""
-    values = np.asarray(image, dtype=np.float32)
-    if image.mode.startswith("I") or values.max() > 256:
-        values = values / 256
-    elif values.max() <= 2:  # floats from 0 to 1, with some overshoot
-        values = values * 255
-    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
 
 def test_view(image, S):
@@ -202,15 +201,9 @@ def to_tensor(image):
     return normalize(pixels.permute(2, 0, 1).contiguous())
 
 
-def normalize(image):
-    """(..., 3, H, W), uint8 or floats in 0..1 -> floats with ImageNet's mean at 0 and deviation 1."""
-    scale = 1
-    if not image.is_floating_point():
-        scale = 255
-        image = image.float()
-    mean = scale * IMAGENET_MEAN.to(image)
-    std = scale * IMAGENET_STD.to(image)
-    return (image - mean) / std
+def normalize(pixels):
+    """(..., 3, H, W) uint8 -> float32 with ImageNet's mean at 0 and its deviation 1."""
+    return (pixels.float() - 255 * IMAGENET_MEAN) / (255 * IMAGENET_STD)
 
 
 def denormalize(image):
@@ -241,8 +234,7 @@ class Images(torch.utils.data.Dataset):
         self.seed = seed
         self.epoch = 0  # train.py counts it up: the augmentation depends on it
 
-        read = find_reader(self.folder)
-        found = read(self.folder)
+        found = read_folder(self.folder)
         self.classes, self.parts, files, labels, for_training, boxes, keypoints = found
         rows = [row for row, train in enumerate(for_training) if train == (split != "test")]
         if split == "val":
@@ -255,17 +247,16 @@ class Images(torch.utils.data.Dataset):
         self.labels = torch.tensor(labels)[rows]
         self.boxes = torch.tensor(boxes[rows]).float()
         self.keypoints = torch.tensor(keypoints[rows]).float()
-        x, y, w, h = boxes[rows].T
-        self.corners = np.trunc([x, y, x + w, y + h]).T  # (n, 4)
-        self.upright = not self.parts and np.isinf(w).all()  # no annotation refers to pixels
+        low = boxes[rows, :2]
+        high = low + boxes[rows, 2:]
+        self.corners = np.trunc(np.stack((low, high), axis=1))  # (n, 2, 2), whole as in the metric
+        self.upright = not self.parts and np.isinf(high).all()  # no annotation refers to pixels
 
         bilinear = v2.InterpolationMode.BILINEAR
         self.augment = v2.Compose([
             v2.Resize(image_size),
             v2.RandomHorizontalFlip(),
-            v2.RandomAffine(
-                degrees=90, translate=(0.2, 0.2), scale=(0.8, 1.2), interpolation=bilinear
-            ),
+            v2.RandomAffine(90, translate=(0.2, 0.2), scale=(0.8, 1.2), interpolation=bilinear),
             v2.RandomCrop(image_size),
         ])
 
@@ -281,8 +272,8 @@ class Images(torch.utils.data.Dataset):
     def item(self, index, image):
         """The item of an image that read() returned. evaluate.py makes two views of each."""
         S = self.image_size
-        keypoints = self.keypoints[index].double().numpy()  # (M, 3), a copy
-        x, y, visible = keypoints.T  # views of it: what changes them changes it
+        keypoints = self.keypoints[index].clone()  # (M, 3)
+        points = keypoints[:, :2].double().numpy()
         if self.view == "train":
             # A function of (seed, epoch, index): the number of workers has no effect.
             sequence = np.random.SeedSequence((self.seed, self.epoch, index))
@@ -291,18 +282,18 @@ class Images(torch.utils.data.Dataset):
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds GPUs, too
                 image = self.augment(image)
         elif self.view == "test":
-            keypoints[:, :2] = test_points(keypoints[:, :2], image.size, S)
-            visible *= (x >= 0) & (x < S) & (y >= 0) & (y < S)
+            points = test_points(points, image.size, S)
+            inside = ((points >= 0) & (points < S)).all(axis=1)
+            keypoints[:, 2] *= torch.from_numpy(inside)
             image = test_view(image, S)
         else:
-            x0, y0, x1, y1 = self.corners[index].tolist()
-            x1 = image.width if math.isinf(x1) else max(x1, x0 + 1)
-            y1 = image.height if math.isinf(y1) else max(y1, y0 + 1)
-            x[:] = np.trunc(FRAME * (x - x0) / (x1 - x0))
-            y[:] = np.trunc(FRAME * (y - y0) / (y1 - y0))
-            image = image.crop((x0, y0, x1, y1))  # black beyond the image
+            low, high = self.corners[index]
+            high = np.where(np.isinf(high), image.size, high)
+            high = np.maximum(high, low + 1)
+            points = np.trunc(FRAME * (points - low) / (high - low))
+            image = image.crop((*low, *high))  # black beyond the image
             image = image.resize((S, S), Image.Resampling.BILINEAR)
-        keypoints = torch.from_numpy(keypoints).float()
+        keypoints[:, :2] = torch.from_numpy(points)
         return to_tensor(image), int(self.labels[index]), keypoints, index
 
 
@@ -364,8 +355,7 @@ def run_script(main):
 
 
 def main():
-    style = argparse.RawDescriptionHelpFormatter
-    parser = one_line_parser(description=__doc__, formatter_class=style)
+    parser = one_line_parser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="toy", help="toy, cub or a folder")
     parser.add_argument("--data-root", help="the folder of data sets (default ~/.cache/ivpt)")
     args = parser.parse_args()
@@ -376,12 +366,12 @@ def main():
         num_classes = len(images.labels.unique())
         num_boxes = int(images.boxes[:, 2].isfinite().sum())
         print(f"{split}: {len(images)} images of {num_classes} classes, {num_boxes} with a box")
-        split_folder = images.files[0].parent.parent  # of train/CLASS/IMAGE
-        suffixes = Counter(path.suffix for path in split_folder.rglob("*") if path.is_file())
+    print(f"parts: {', '.join(images.parts) or 'none, so no consistency and no stability'}")
+    for name in ("train", "val", "test"):  # folders of classes
+        suffixes = Counter(path.suffix for path in (folder / name).rglob("*") if path.is_file())
         for suffix, count in suffixes.items():
             if suffix.lower() not in IMG_EXTENSIONS:
-                print(f"{split}: {count} files skipped, suffix {suffix or 'none'}")
-    print(f"parts: {', '.join(images.parts) or 'none, so no consistency and no stability'}")
+                print(f"{name}: {count} files skipped, suffix {suffix or 'none'}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Toy birds: ten made-up species at night, in CUB's layout. They are drawn in 15 seconds.
 
-    python prepare/toy_birds.py TARGET                   # 600 training and 200 test images
-    python prepare/toy_birds.py TARGET --sheet FILE.png  # and a picture of three birds a species
+    python prepare/toy_birds.py TARGET  # 600 training and 200 test images
 
 Each part has a hue of its own, so that a small ViT can learn it from 600 images. Each part has
 three looks, which differ in shade, pattern and shape. A look belongs to three or four species, and
@@ -110,7 +109,7 @@ head beak        needle  area 1.38 -.7  2.2 -.56  1.38 -.48
 head beak        hook    area 1.34 -.84  1.72 -.78  1.86 -.58  1.8 -.32  1.66 -.52  1.36 -.42
 head crown       crest   area .56 -.7 .2 -1.2 1.08 -1.09 1.28 -1 1.42 -.8 1.05 -.78
 head crown       cap     area .56 -.7 .66 -.98 1.08 -1.09 1.28 -1 1.42 -.8 1.05 -.78
-head crown       tufts   area .56 -.7 .7 -1.34 .9 -1.14 1.08 -1.38 1.08 -1.09 1.28 -1 1.42 -.8 1.05 -.78
+head crown     tufts area .56 -.7 .7 -1.34 .9 -1.14 1.08 -1.38 1.08 -1.09 1.28 -1 1.42 -.8 1.05 -.78
 head eye         -       oval 1.14 -.58 .19 .19 0
 head pupil       -       oval 1.15 -.58 .09 .09 0
 """
@@ -121,7 +120,7 @@ def rotate(points, centre, degrees):
     angle = math.radians(degrees)
     cos = math.cos(angle)
     sin = math.sin(angle)
-    return (np.asarray(points, float) - centre) @ ((cos, sin), (-sin, cos)) + centre
+    return (points - np.array(centre)) @ ((cos, sin), (-sin, cos)) + centre
 
 
 def oval(x, y, radius_x, radius_y, degrees, pointed=False):
@@ -141,12 +140,8 @@ def bar(x0, y0, x1, y1, width):
     return np.array((start + across, end + across, end - across, start - across))
 
 
-def make_outline(kind, numbers):
-    if kind == "bar":
-        return bar(*numbers)
-    if kind == "oval":
-        return oval(*numbers)
-    return numbers.reshape(-1, 2)
+def area(*numbers):
+    return np.reshape(numbers, (-1, 2))
 
 
 # ---- 2. One bird ---------------------------------------------------------------------------------
@@ -167,27 +162,24 @@ def draw_bird(species, rng):
 
     def pose(joint, points):
         centre = JOINTS[joint]
-        points = (np.asarray(points, float) - centre) * stretch.get(joint, 1) + centre
+        points = (points - np.array(centre)) * stretch.get(joint, 1) + centre
         return rotate(points, centre, angle.get(joint, 0))
 
+    outline_of = {"oval": oval, "bar": bar, "area": area}
     shapes = []
     for row in SHAPES.strip().splitlines():
         joint, colour, look, kind, numbers = row.split(maxsplit=4)
         if look == "-" or look in looks:
             for shape in numbers.split("|"):
-                outline = make_outline(kind, np.array(shape.split(), float))
+                outline = outline_of[kind](*np.array(shape.split(), float))
                 shapes.append((pose(joint, outline), paint[colour]))
     keypoints = [pose(joint, [point]) for joint, point in KEYPOINTS.values()]
     return shapes, np.concatenate(keypoints)
 
 
 # ---- 3. One image --------------------------------------------------------------------------------
-def random_leaf(rng, side, near=None):
-    """A dim leaf or twig, anywhere or near a point: outline, colour."""
-    if near is None:
-        x, y = rng.uniform(0, side, 2)
-    else:
-        x, y = near + rng.normal(0, side / 30, 2)
+def random_leaf(rng, x, y, side):
+    """A dim leaf or twig with its centre at x, y: outline, colour."""
     degrees = rng.uniform(0, 360)
     length = side * rng.uniform(0.1, 0.22)
     shade = rng.uniform(0.7, 1.1)
@@ -233,7 +225,7 @@ def draw_image(species, rng):
     image = Image.fromarray(sky.astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)
     for _ in range(rng.integers(MAX_LEAVES)):
-        fill(draw, *random_leaf(rng, side))
+        fill(draw, *random_leaf(rng, *rng.uniform(0, side, 2), side))
     if rng.random() < 0.7:  # a perch, between the first toes of both feet
         x, y = (outlines[2][0] + outlines[7][0]) / 2
         fill(draw, bar(x - side, y, x + side, y, side * 0.04), WOOD)
@@ -243,7 +235,8 @@ def draw_image(species, rng):
     covered = Image.new("L", image.size)
     if rng.random() < OCCLUDED:
         for part in rng.integers(len(keypoints), size=2):
-            outline, colour = random_leaf(rng, side, near=keypoints[part])
+            x, y = keypoints[part] + rng.normal(0, side / 30, 2)
+            outline, colour = random_leaf(rng, x, y, side)
             fill(draw, outline, colour, rim=1)
             ImageDraw.Draw(covered).polygon(outline.ravel().tolist(), fill=1)
     visible = []
@@ -281,17 +274,11 @@ def draw(target, num_train=60, num_test=20):
 def main():
     parser = data.one_line_parser(description="Draw the toy birds.")
     parser.add_argument("target", type=Path)
-    parser.add_argument("--sheet", help="write a picture with three birds of each species")
     args = parser.parse_args()
     if args.target.exists():
         raise ValueError(f"{args.target} is there already")
     draw(args.target)
     print(f"{args.target}: 600 training and 200 test images")
-    if args.sheet:
-        from torchvision.utils import save_image
-        birds = data.Images(args.target, "test", "test", SIDE)
-        rows = [20 * label + k for k in range(3) for label in range(len(SPECIES))]
-        save_image([data.denormalize(birds[row][0]) / 255 for row in rows], args.sheet, nrow=10)
 
 
 if __name__ == "__main__":
