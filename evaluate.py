@@ -30,10 +30,9 @@ THRESHOLD = 0.8     # share of images in which a consistent prototype hits its p
 NOISE_STD, NOISE_CLIP = 0.2, 0.25  # of the noise on the normalised image
 RANDOM_DRAWS = 10   # the random control is a mean over these
 METHOD = ("method", "recipe", "bias", "fusion", "tune", "start", "distance",
-          "no_bias", "no_regions", "no_cross_layer", "no_fusion")  # options told in metrics.json
+          "no_bias", "no_regions", "no_cross_layer", "no_fusion")  # options that name the method
 PART_METRICS = ("consistency", "stability", "constant_location", "over_constant",
                 "random_location", "parts_hit")  # None where no key point is visible
-NO_KEYPOINTS = "No consistency and no stability: the data has no key points (parts/parts.txt)."
 
 
 # ---- 1. The metrics: maps -> peaks -> hit parts -> percentages ---------------------------------
@@ -45,29 +44,21 @@ def upsampling_matrix(side):
 
 def find_peaks(maps):
     """maps (n, K, h, w) -> (n, K, 2): x, y of each map's maximum once upsampled to FRAME x FRAME,
-    the first one row by row. Products in fp64, rounded to fp32, let equal patches tie exactly. To
-    save time fp32 alone finds the few rows that come near a map's maximum."""
+    the first one row by row. fp64 rounded to fp32 lets equal patches tie exactly."""
     n, K, h, w = maps.shape
     rows = upsampling_matrix(h).to(maps.device)
     columns = upsampling_matrix(w).T.to(maps.device)
-    concepts = torch.arange(K, device=maps.device)
-    peaks = torch.zeros(n, K, 2, dtype=torch.long, device=maps.device)
-    for i in range(n):  # one image at a time stays in the cache
-        tall = rows @ maps[i].double()  # (K, FRAME, w)
-        rough = (tall.float() @ columns.float()).amax(2)  # (K, FRAME), the maximum of each row
-        error = 1e-5 * tall.abs().amax((1, 2))  # well above what fp32 loses
-        near = rough >= (rough.amax(1) - error)[:, None]
-        exact = torch.full_like(rough, -torch.inf)
-        exact[near] = (tall[near] @ columns).float().amax(1)
-        y = exact.argmax(1)  # argmax returns the first of equal values
-        x = (tall[concepts, y] @ columns).float().argmax(1)
-        peaks[i] = torch.stack([x, y], dim=1)
-    return peaks
+    first = []
+    for small in maps.flatten(0, 1):  # one map at a time stays in a CPU's cache
+        full = rows @ small.double() @ columns  # (FRAME, FRAME)
+        first.append(full.float().argmax())
+    first = torch.stack(first).view(n, K)
+    return torch.stack([first % FRAME, first // FRAME], dim=2)
 
 
 def hits_of(peaks, keypoints, half_size=HALF_SIZE):
-    """peaks (n, K, 2), keypoints (n, M, 3) in the frame -> bool (n, K, M): the visible parts in
-    each prototype's region, which is peak +- half_size clipped to [0, FRAME], ends inclusive."""
+    """peaks (n, K, 2), keypoints (n, M, 3) in the frame -> bool (n, K, M): the visible parts that
+    lie in each prototype's region, peak +- half_size clipped to [0, FRAME], ends inclusive."""
     points = keypoints[:, None, :, :2]  # (n, 1, M, 2)
     visible = keypoints[:, None, :, 2] > 0
     near = (points - peaks[:, :, None]).abs() <= half_size
@@ -76,7 +67,7 @@ def hits_of(peaks, keypoints, half_size=HALF_SIZE):
 
 
 def part_hits(attention, keypoints, half_size=HALF_SIZE):
-    """Maps (n, K, h, w) without background, keypoints (n, M, 3) in the frame -> bool (n, K, M)."""
+    """hits_of the peaks of foreground maps (n, K, h, w)."""
     return hits_of(find_peaks(attention).to(keypoints.device), keypoints, half_size)
 
 
@@ -103,7 +94,8 @@ def consistency(hits, visible, labels):
 
 def stability(hits, noisy_hits, labels):
     """Percent of a class's images in which noise leaves a prototype's set of hit parts unchanged,
-    averaged over (class, prototype) pairs. hits, noisy_hits (n, K, M), labels (n,)."""
+    averaged over (class, prototype) pairs. As in Huang et al.'s code, a prototype that hits nothing
+    both times counts as unchanged. hits, noisy_hits (n, K, M), labels (n,)."""
     unchanged = (hits == noisy_hits).all(2)  # (n, K)
     images = class_sums(torch.ones_like(unchanged), labels)
     share = class_sums(unchanged, labels) / images  # (C, K)
@@ -139,19 +131,20 @@ class Views(Dataset):
         size: width and height of its file."""
         x, y, width, height = self.test.boxes[index].tolist()
         corners = np.array([[x, y], [x + width, y + height]])
-        low, high = data.test_points(corners, size, self.image_size)
+        (left, top), (right, bottom) = data.test_points(corners, size, self.image_size)
         h, w = self.grid
         centre_y = (torch.arange(h) + 0.5) * self.image_size / h
         centre_x = (torch.arange(w) + 0.5) * self.image_size / w
-        in_columns = (centre_x >= low[0]) & (centre_x <= high[0])
-        in_rows = (centre_y >= low[1]) & (centre_y <= high[1])
+        in_rows = (centre_y >= top) & (centre_y <= bottom)
+        in_columns = (centre_x >= left) & (centre_x <= right)
         return in_rows[:, None] & in_columns
 
 
 # ---- 3. One pass over the images, three forwards each ------------------------------------------
 def forward(model, images, labels=None, amp=False):
-    """-> Output of a batch. ValueError where it is not finite: argmax would take NaN for a peak.
-    labels: where every class has prototypes, whose maps are shown; default: the predictions'."""
+    """-> Output of a batch. Where every class has prototypes of its own, its maps are those of the
+    labels, or without labels those of the predictions. Raises ValueError where it is not finite:
+    argmax would take NaN for a peak."""
     device = next(model.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
         if model.class_specific and labels is not None:
@@ -165,75 +158,74 @@ def forward(model, images, labels=None, amp=False):
 
 
 def collect(model, views, owners, batch_size, workers, amp, gallery):
-    """One pass over this process's run of the images -> number of right classes, key points
-    [(B, M, 3)], and for every layer with K prototypes a dict: peaks and noisy_peaks [(B, K-1, 2)],
-    won_inside and won_outside (K,), the patches won inside and outside the box, map_sums
-    (C or 1, K-1, h, w), the sums of the maps over the images of each owner."""
+    """One pass over this process's share of the n images -> a list of dicts of tensors, one of the
+    whole model, then one a layer. What belongs to another process's images is 0, so that the sum
+    over the processes is the whole. owners: see evaluate."""
     rank, world = 0, 1
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
     n = len(views)
-    run = Subset(views, range(n * rank // world, n * (rank + 1) // world))
-    loader = DataLoader(run, batch_size, num_workers=workers)
+    begin = n * rank // world
+    end = n * (rank + 1) // world
+    loader = DataLoader(Subset(views, range(begin, end)), batch_size, num_workers=workers)
 
-    correct = 0
-    keypoints = []
-    layers = []
+    correct = torch.tensor(0)
+    keypoints = torch.zeros(n, len(views.test.parts), 3)
     num_owners = int(owners.max()) + 1
+    layers = []
     for K in model.prototypes:
-        map_sums = torch.zeros(num_owners, K - 1, *model.grid, dtype=torch.float64)
         layers.append(dict(
-            peaks=[], noisy_peaks=[], won_inside=0, won_outside=0, map_sums=map_sums))
-    for batch in tqdm(loader, leave=False, disable=True if rank else None):
-        labels, inside = batch["label"], batch["inside"]
+            peaks=torch.zeros(n, K - 1, 2, dtype=torch.long),
+            noisy_peaks=torch.zeros(n, K - 1, 2, dtype=torch.long),
+            won_inside=torch.zeros(K, dtype=torch.long),  # patches won inside the box
+            won_outside=torch.zeros(K, dtype=torch.long),
+            map_sums=torch.zeros(num_owners, K - 1, *model.grid, dtype=torch.float64)))
+    hide = True if rank else None  # None: hidden where no terminal shows it
+    for batch in tqdm(loader, leave=False, disable=hide):
+        index, labels, inside = batch["index"], batch["label"], batch["inside"]
         # The classifier learnt from uncropped views, and only these have an outside of the box.
         image = forward(model, batch["image"], labels, amp)
         clean = forward(model, batch["clean"], labels, amp)
         noisy = forward(model, batch["noisy"], labels, amp)
-        correct += (image.logits.argmax(1).cpu() == labels).sum().item()
-        keypoints.append(batch["keypoints"])
+        correct += (image.logits.argmax(1).cpu() == labels).sum()
+        keypoints[index] = batch["keypoints"]
         for l, layer in enumerate(layers):
             K = model.prototypes[l]
             winners = image.attention[l].argmax(1).cpu()  # (B, h, w)
             clean_maps = clean.attention[l][:, :-1]
             noisy_maps = noisy.attention[l][:, :-1]
+            layer["peaks"][index] = find_peaks(clean_maps).cpu()
+            layer["noisy_peaks"][index] = find_peaks(noisy_maps).cpu()
             layer["won_inside"] += torch.bincount(winners[inside], minlength=K)
             layer["won_outside"] += torch.bincount(winners[~inside], minlength=K)
-            layer["peaks"].append(find_peaks(clean_maps).cpu())
-            layer["noisy_peaks"].append(find_peaks(noisy_maps).cpu())
-            layer["map_sums"].index_add_(0, owners[batch["index"]], clean_maps.double().cpu())
+            layer["map_sums"].index_add_(0, owners[index], clean_maps.double().cpu())
         if gallery:
-            gallery.add(image, batch["index"])
-    return correct, keypoints, layers
+            gallery.add(image, index)
+    return [dict(correct=correct, keypoints=keypoints), *layers]
 
 
-def gather(correct, keypoints, layers):
-    """What collect found in every process, joined as if one had seen all images in their order."""
+def add_processes(found):
+    """The sums over all processes of what collect returned."""
     shares = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, (correct, keypoints, layers))
-    correct, keypoints, layers = shares[0]
-    for more_correct, more_keypoints, more_layers in shares[1:]:
-        correct += more_correct
-        keypoints += more_keypoints
-        for layer, more in zip(layers, more_layers):
-            layer["peaks"] += more["peaks"]
-            layer["noisy_peaks"] += more["noisy_peaks"]
-            layer["won_inside"] += more["won_inside"]
-            layer["won_outside"] += more["won_outside"]
-            layer["map_sums"] += more["map_sums"]
-    return correct, keypoints, layers
+    dist.all_gather_object(shares, found)
+    totals = []
+    for dicts in zip(*shares):  # the same dict of every process
+        totals.append({name: sum(d[name] for d in dicts) for name in dicts[0]})
+    return totals
 
 
 # ---- 4. From what was collected to the metrics -------------------------------------------------
 def foreground(wins):
-    """wins (K,): patches won, the background last -> percent won by concepts; None of none."""
+    """wins (K,): patches won, the background last -> percent won by concepts."""
     total = wins.sum().item()
-    return 100 * (total - wins[-1].item()) / total if total else None
+    if total == 0:  # no patch is inside, or none outside
+        return None
+    return 100 * (total - wins[-1].item()) / total
 
 
 def peak_spreads(peaks, owners):
     """peaks (n, K-1, 2) -> (K-1,): root mean square distance of each concept's peaks from their
-    mean over the images of an owner, pixels of the frame. A spread of 0 is one fixed spot."""
+    mean over the images of an owner, pixels of the frame."""
     distances = torch.zeros(peaks.shape, dtype=torch.float64)
     for owner in owners.unique():
         own = peaks[owners == owner].double()
@@ -246,22 +238,20 @@ def parts_hit(hits, visible, parts):
     images, a list of [name, percent of the images that show the part]."""
     counts = hits.sum(0).double()  # (K-1, M)
     shares = 100 * counts / visible.sum(0).clamp(min=1)
-    ranking = counts + shares / 101  # of equal counts the higher share comes first
-    orders = ranking.argsort(dim=1, descending=True, stable=True)
     result = []
-    for order, share in zip(orders, shares):
-        best = [m for m in order[:3].tolist() if share[m] > 0]
-        result.append([[parts[m], share[m].item()] for m in best])
+    for count, share in zip(counts.tolist(), shares.tolist()):
+        ranking = sorted(zip(count, share, parts), key=lambda hit: hit[:2], reverse=True)
+        result.append([[name, percent] for _, percent, name in ranking[:3] if percent > 0])
     return result
 
 
 def layer_metrics(layer, keypoints, labels, owners, parts, seed):
-    """From what collect found of a layer to its metrics, a dict; keypoints (n, M, 3).
-    Selectivity is the foreground share inside and outside the box. The part metrics reward
-    looking at one spot, and a map that never moves is perfectly stable. Two controls say what
-    place alone earns: constant_location scores the peaks of each prototype's mean map over the
-    test images, random_location peaks drawn anew for every image."""
-    peaks = torch.cat(layer["peaks"])  # (n, K-1, 2)
+    """A layer's dict from collect, keypoints (n, M, 3) -> its metrics, a dict.
+    A map that looks at one spot in all images is perfectly stable and can be consistent. Two
+    controls say what place alone earns. constant_location scores the peak of each prototype's mean
+    map over the test images, random_location peaks drawn anew for every image. A prototype that
+    follows the object moves its peaks and wins patches inside the box, not outside."""
+    peaks = layer["peaks"]  # (n, K-1, 2)
     spreads = peak_spreads(peaks, owners)
     wins = layer["won_inside"] + layer["won_outside"]
     metrics = dict.fromkeys(PART_METRICS)
@@ -279,7 +269,7 @@ def layer_metrics(layer, keypoints, labels, owners, parts, seed):
         return metrics
 
     hits = hits_of(peaks, keypoints)
-    noisy_hits = hits_of(torch.cat(layer["noisy_peaks"]), keypoints)
+    noisy_hits = hits_of(layer["noisy_peaks"], keypoints)
     constant_peaks = find_peaks(layer["map_sums"])[owners]  # a sum peaks where the mean does
     score = consistency(hits, visible, labels)
     constant = consistency(hits_of(constant_peaks, keypoints), visible, labels)
@@ -305,22 +295,19 @@ def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, see
     """Accuracy, and the metrics of every concept layer -> dict, as in metrics.json.
     folder, split: what data.Images reads. amp: bf16 autocast. recipe: a dict that names the
     method in the protocol. gallery: explore.gallery.Gallery, which is shown every batch.
-    Raises ValueError where the model's output is not finite."""
+    Puts the model into eval mode. Raises ValueError where its output is not finite."""
     views = Views(folder, split, image_size, seed, model.grid)
     labels, parts = views.test.labels, views.test.parts
-    # Whose prototypes an image shows: those of its class, or (0) those that all images share.
+    # The owner of the prototypes that an image shows: its class, or 0 where all images share them.
     owners = labels if model.class_specific else torch.zeros_like(labels)
-    was_training = model.training
-    model.eval()
-    found = collect(model, views, owners, batch_size, workers, amp, gallery)
-    model.train(was_training)
-    if dist.is_available() and dist.is_initialized():
-        found = gather(*found)
-    correct, keypoints, collected = found
-    keypoints = torch.cat(keypoints)
+    found = collect(model.eval(), views, owners, batch_size, workers, amp, gallery)
+    if dist.is_initialized():
+        found = add_processes(found)
+    totals, *collected = found
     layers = []
     for l, layer in enumerate(collected):
-        layers.append(layer_metrics(layer, keypoints, labels, owners, parts, (seed, l)))
+        layers.append(
+            layer_metrics(layer, totals["keypoints"], labels, owners, parts, (seed, l)))
     head = max(0, len(layers) - 3)  # the released program reports the third layer from the end
     headline = dict(layer=head, consistency=layers[head]["consistency"],
                     stability=layers[head]["stability"])
@@ -328,9 +315,11 @@ def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, see
         recipe=recipe, data=Path(folder).name, split=split, images=len(views), parts=len(parts),
         classes=len(views.test.classes), classes_with_images=len(labels.unique()),
         image_size=image_size, grid=list(model.grid), amp=bool(amp), seed=seed)
-    return dict(accuracy=100 * correct / len(views), headline=headline, layers=layers,
-                unavailable=NO_KEYPOINTS if headline["consistency"] is None else None,
-                protocol=protocol)
+    unavailable = None
+    if headline["consistency"] is None:
+        unavailable = "No consistency, no stability: the data has no key points (parts/parts.txt)."
+    return dict(accuracy=100 * totals["correct"].item() / len(views), headline=headline,
+                layers=layers, unavailable=unavailable, protocol=protocol)
 
 
 ROWS = (  # of the table: name in metrics.json, meaning; percent, if nothing else is said
@@ -349,15 +338,16 @@ ROWS = (  # of the table: name in metrics.json, meaning; percent, if nothing els
 
 def table(metrics):
     """The metrics as text, for the terminal and for the gallery; * marks the headline."""
-    text = f"accuracy {metrics['accuracy']:.1f} % on {metrics['protocol']['images']} images\n"
-    text += f"{'layer':20}"
+    num_images = metrics["protocol"]["images"]
+    text = f"accuracy {metrics['accuracy']:.1f} % on {num_images} images\n{'layer':20}"
     for l in range(len(metrics["layers"])):
-        text += f"{l + 1:7}" + ("*" if l == metrics["headline"]["layer"] else " ")
+        mark = "*" if l == metrics["headline"]["layer"] else " "
+        text += f"{l + 1:7}{mark}"
     for name, meaning in ROWS:
         text += f"\n{name:20}"
         for layer in metrics["layers"]:
-            value = layer[name]
-            text += f"{'-':>7} " if value is None else f"{round(value, 1):7} "
+            value = "-" if layer[name] is None else round(layer[name], 1)
+            text += f"{value:>7} "
         text += f"  {meaning}"
     if metrics["unavailable"]:
         text += f"\n{metrics['unavailable']}"
@@ -396,9 +386,10 @@ def load_run(ckpt, weights=None):
 def load_images(checkpoint, name=None, root=None, split="test"):
     """data.Images, test view, of the data a checkpoint was trained on, or of --data."""
     options = checkpoint["options"]
-    if root is None and name in (None, options["data"]):
+    name = name or options["data"]
+    if root is None and name == options["data"]:
         root = options["data_root"]
-    folder = data.find(name or options["data"], root)
+    folder = data.find(name, root)
     images = data.Images(folder, split, "test", options["image_size"])
     if images.classes != checkpoint["classes"]:
         raise ValueError(f"{folder}: found {len(images.classes)} classes, expected the "

@@ -1,22 +1,21 @@
-"""Times the plain ViT's forward and one training step, alternating; prints a table row and JSON.
+"""Times the plain ViT's forward and one training step, alternating; prints a table row.
 
     python explore/bench.py --data cub --weights vits14 --image-size 224 --batch-size 8
 
 Takes train.py's options. Named backbones get random weights, so nothing is downloaded. Times are
-medians in milliseconds an image; memory is the peak above the loaded model.
+medians in milliseconds an image; memory is the peak above the loaded model. A step is train.py's
+without reading images.
 """
-import json
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 import torch.nn as nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import evaluate
 import model as ivpt
@@ -34,9 +33,7 @@ def random_backbone(args):
 
 
 def seconds(work, device):
-    """Seconds of one call, with the device's queue drained before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    """Seconds of one call until the device has done its work; each call leaves an empty queue."""
     began = time.perf_counter()
     work()
     if device.type == "cuda":
@@ -45,19 +42,15 @@ def seconds(work, device):
 
 
 def peak_gib(device):
-    """Peak memory so far: the allocator's on a GPU, the process's on a CPU (None on Windows)."""
+    """Peak memory so far: the allocator's on a GPU, the process's on a CPU (not on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    try:
-        import resource
-    except ImportError:
-        return None
+    import resource
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2 ** (30 if sys.platform == "darwin" else 20)  # macOS counts bytes, Linux KiB
 
 
 def bench(args):
-    """A dict of what was measured."""
     train.use_cores(args)
     device = evaluate.local_device(args.device)
     torch.manual_seed(args.seed)
@@ -87,7 +80,6 @@ def bench(args):
         forwards.append(1000 * seconds(forward, device) / args.batch_size)
         steps.append(1000 * seconds(step, device) / args.batch_size)
     forwards, steps = forwards[WARM_UP:], steps[WARM_UP:]
-    memory = None if loaded is None else round(peak_gib(device) - loaded, 3)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     return dict(method=args.method, recipe=args.recipe, weights=args.weights,
                 image_size=args.image_size, batch_size=args.batch_size, device=name,
@@ -95,14 +87,14 @@ def bench(args):
                 dtype="bf16" if args.amp else "fp32", compile=args.compile,
                 forward_ms=round(median(forwards), 3), step_ms=round(median(steps), 3),
                 ratio=round(median(s / f for s, f in zip(steps, forwards)), 3),
-                peak_gib_above_model=memory, trained_parameters=sum(p.numel() for p in parameters))
+                peak_gib_above_model=round(peak_gib(device) - loaded, 3),
+                trained_parameters=sum(p.numel() for p in parameters))
 
 
 def main():
     row = bench(train.parse())
     print("| " + " | ".join(row) + " |\n|" + " --- |" * len(row))
     print("| " + " | ".join(str(value) for value in row.values()) + " |")
-    print(json.dumps(row))
 
 
 if __name__ == "__main__":

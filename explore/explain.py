@@ -40,8 +40,8 @@ def explain(model, image, class_names, amp=False):
     votes = {}
     if output.concept_logits is not None:
         scores = output.concept_logits[0].float()  # (G, C)
-        differences = (scores[:, winner] - scores[:, runner_up]) / len(scores)
-        for g, vote in enumerate(differences.tolist(), start=1):
+        votes_of_concepts = (scores[:, winner] - scores[:, runner_up]) / len(scores)
+        for g, vote in enumerate(votes_of_concepts.tolist(), start=1):
             votes[f"concept {g}"] = vote
     if model.class_specific:
         margin = (logits[winner] - logits[runner_up]).item()
@@ -56,8 +56,8 @@ def describe(explanation):
     lines = []
     for name, percent in explanation.classes.items():
         lines.append(f"{percent:5.1f} %  {name}")
-    total = sum(explanation.votes.values())
     if explanation.votes:
+        total = sum(explanation.votes.values())
         lines.append(f"votes for the first class against the second, in all {total:+.2f}:")
     else:
         lines.append("no votes: the classes are read from the cls token")
@@ -67,19 +67,19 @@ def describe(explanation):
 
 
 def draw(picture, explanation):
-    """picture (3, S, S) uint8 -> PIL image: the regions of all layers, then the text, in which a
-    concept's vote has its colour."""
+    """picture (3, S, S) uint8 -> PIL image: regions, then text; a vote has its concept's colour."""
     row = panels(picture, torch.zeros(0, 3), explanation.maps, explanation.colours)
-    strip = to_image(row, len(row))
+    strip = to_image(row, columns=len(row))
     lines = describe(explanation)
     colours = ["black"] * (len(lines) - len(explanation.votes))
     colours += explanation.colours[-1] + ["grey"]
-    height = strip.height + 22 * len(lines) + 8
-    sheet = Image.new("RGB", (max(480, strip.width), height), "white")
+    size = max(480, strip.width), strip.height + 22 * len(lines) + 8
+    sheet = Image.new("RGB", size, "white")
     sheet.paste(strip)
+    pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(16)
     for i, line in enumerate(lines):
-        ImageDraw.Draw(sheet).text((8, strip.height + 22 * i), line, colours[i], font)
+        pen.text((8, strip.height + 22 * i), line, colours[i], font)
     return sheet
 
 

@@ -30,18 +30,16 @@ import evaluate
 
 # ---- 1. Pictures -------------------------------------------------------------------------------
 def concept_colours(prototypes, parents):
-    """-> RGB colours (r, g, b) of the K - 1 concepts of every layer.
-
-    parents: for every prompted layer the coarse concept that each fine one joins most, K - 1
-    numbers. A layer without parents has a hue for each of its concepts."""
+    """-> of every layer K - 1 colours (r, g, b). parents: for every prompted layer the coarse
+    concept that each fine one joins most. A layer without parents has a hue for each concept."""
     layers = []
     for l, K in enumerate(prototypes):
         colours = []
         for k in range(K - 1):
             if l < len(parents):
                 parent = parents[l][k]
-                rank = parents[l][:k].count(parent)  # in the parent's family
-                lightness = 0.28 + 0.5 * (rank + 0.5) / parents[l].count(parent)
+                elder = parents[l][:k].count(parent)  # siblings before it: they are darker
+                lightness = 0.28 + 0.5 * (elder + 0.5) / parents[l].count(parent)
                 colours.append(shade(parent / (prototypes[-1] - 1), lightness))
             else:
                 colours.append(shade(k / (K - 1), 0.5))
@@ -90,7 +88,8 @@ class Gallery:
         self.images = images
         self.prototypes = model.prototypes
         if chosen is None:
-            chosen = np.linspace(0, len(images) - 1, min(24, len(images))).astype(int).tolist()
+            count = min(24, len(images))
+            chosen = np.linspace(0, len(images) - 1, count).astype(int).tolist()
         self.chosen = chosen
         self.examples = {}  # index -> maps [(K, h, w)] of every layer, class, its probability
         # Of every concept the nine strongest claims: strength, index, margin (h, w). Strength is
@@ -107,28 +106,26 @@ class Gallery:
                 maps = [layer[i].clone() for layer in layers]
                 self.examples[index] = maps, classes[i].item(), probabilities[i].item()
         if not self.groups:
-            self.groups = [0] * len(output.groups)
+            self.groups = [torch.zeros(groups.shape[1:]) for groups in output.groups]
         for l, maps in enumerate(layers):
-            wins = self.add_claims(self.claims[l], maps, indices)
+            winners = maps.argmax(1)  # (B, h, w)
+            self.add_claims(self.claims[l], maps, winners, indices)
             if l < len(self.groups):
+                wins = F.one_hot(winners, self.prototypes[l]).amax((1, 2))  # (B, K), 1: any patch
                 groups = output.groups[l].float().cpu()  # (B, K-1, G)
-                self.groups[l] += (groups * wins[:, :, None]).sum(0)
+                self.groups[l] += (groups * wins[:, :-1, None]).sum(0)
 
-    def add_claims(self, layer_claims, maps, indices):
-        """Keeps the strongest claims of a layer -> bool (B, K-1): where a concept wins a patch."""
-        winners = maps.argmax(1)  # (B, h, w)
+    def add_claims(self, layer_claims, maps, winners, indices):
+        """Keeps the nine strongest claims of every concept of a layer."""
         first, second = maps.topk(2, dim=1).values.unbind(1)
-        wins = torch.zeros(len(maps), len(layer_claims), dtype=torch.bool)
         for k, claims in enumerate(layer_claims):
             won = winners == k
-            wins[:, k] = won.flatten(1).any(1)
             strength = (maps[:, k] * won).sum((1, 2))
             margin = maps[:, k] - torch.where(won, second, first)
-            for i in wins[:, k].nonzero().flatten().tolist():
+            for i in won.any(2).any(1).nonzero().flatten().tolist():
                 claims.append((strength[i].item(), indices[i].item(), margin[i].clone()))
             claims.sort(key=lambda claim: -claim[0])
             del claims[9:]
-        return wins
 
     def colours(self):
         parents = [groups.argmax(1).tolist() for groups in self.groups]
@@ -139,7 +136,7 @@ class Gallery:
         image, _, points, _ = self.images[index]
         return data.denormalize(image), points
 
-    # ---- 3. Drawn afterwards --------------------------------------------------------------------
+    # ---- 3. Drawn afterwards -------------------------------------------------------------------
     def strip(self, indices):
         """A row for each image: its key points, then the regions of every layer."""
         pictures = []
@@ -158,7 +155,7 @@ class Gallery:
         return to_image(tiles, 3)
 
     def write(self, folder, metrics, log):
-        """folder/index.html and folder/pictures. metrics: evaluate's dict; log: a log.jsonl."""
+        """folder/index.html, folder/pictures. metrics: evaluate's dict. log: path of log.jsonl."""
         pictures = folder / "pictures"
         pictures.mkdir(parents=True, exist_ok=True)
         for index in self.examples:
@@ -173,8 +170,11 @@ class Gallery:
             Concepts=self.concepts_section(metrics["layers"]),
             Hierarchy=self.hierarchy_section(),
             Training=curves_section(log))
-        links = "".join(f"<a href='#{title}'>{title}</a> " for title in sections)
-        body = "".join(f"<h2 id={title}>{title}</h2>{text}" for title, text in sections.items())
+        links = ""
+        body = ""
+        for title, text in sections.items():
+            links += f"<a href='#{title}'>{title}</a> "
+            body += f"<h2 id={title}>{title}</h2>{text}"
         (folder / "index.html").write_text(PAGE.format(links=links, body=body), encoding="utf-8")
 
     def regions_section(self):
