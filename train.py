@@ -390,6 +390,7 @@ def train(args):
         if args.weights == "toy" and args.pretrain:
             from prepare.toy_vit import pretrain
             pretrain(model.backbone, dataset, args.pretrain, device, args.amp)
+            ivpt.tune_backbone(model.backbone, args.tune)  # freeze again
         if args.start == "kmeans" and args.method == "ivpt":
             ivpt.start_prototypes(model, unaugmented, args.seed)
     optimizer, scheduler = make_optimizer(model, args)

@@ -2,9 +2,9 @@
 
     python explore/diagnose.py --ckpt runs/cub/last.pt
 
-Prints for every layer: the length of patches and prototypes, how far prototypes moved from their
-start as noise, the gap between the two largest log shares of a patch, how many concepts win a patch of
-an image, and the size of the bias.
+Prints for every layer: the mean length of patches and of prototypes, how far prototypes moved from
+their start as noise, the median gap between the two largest log shares of a patch, how many concepts
+win a patch of an image, and the size of the bias.
 """
 import sys
 from pathlib import Path
@@ -43,17 +43,21 @@ def main():
     images = torch.stack([dataset[i][0] for i in chosen])
     attention = model(images).attention
 
-    print("layer  |patch|  |prototype|  moved  gap of log shares  concepts an image  bias std / max")
+    print("layer  patch  prototype  moved  log gap  concepts  bias std  bias max")
     for l, length in enumerate(patch_lengths(model, images)):
-        A, concept = attention[l], model.concepts[l]
-        q, q_start, bias = concept.prototypes, start[l].prototypes, concept.bias
+        concept = model.concepts[l]
+        moved = concept.prototypes - start[l].prototypes
+        A = attention[l]  # (B, K, h, w)
         largest = A.clamp(min=1e-12).log().topk(2, dim=1).values  # (B, 2, h, w)
         gap = (largest[:, 0] - largest[:, 1]).median()
         winner = A.argmax(1).flatten(1)  # (B, N)
-        present = [(winner == k).any(1).float().mean() for k in range(len(q) - 1)]
-        print(f"{l + 1:5d}  {length:7.1f}  {q.norm(dim=1).mean():11.2f}  "
-              f"{(q - q_start).norm(dim=1).mean():5.2f}  {gap:17.1f}  {sum(present):17.1f}  "
-              f"{bias.std():.4f} / {bias.abs().max():.2f}")
+        num_concepts = 0.0  # that win a patch of an image, on average
+        for k in range(A.shape[1] - 1):
+            num_concepts += (winner == k).any(1).float().mean()
+        print(f"{l + 1:5d}  {length:5.1f}", end="")
+        print(f"  {concept.prototypes.norm(dim=1).mean():9.2f}", end="")
+        print(f"  {moved.norm(dim=1).mean():5.2f}  {gap:7.1f}  {num_concepts:8.1f}", end="")
+        print(f"  {concept.bias.std():8.4f}  {concept.bias.abs().max():8.2f}")
 
 
 if __name__ == "__main__":
