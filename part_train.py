@@ -215,6 +215,7 @@ def test_recipes(recipe, after, mlp, tune, scaled, start, lr_bias):
 def test_presets_give_way_to_what_is_typed():
     args = train.parse(["--data", "/some/where/pets", "--lr", "3e-3", "--recipe", "released"])
     assert (args.weights, args.lr, args.out) == ("vitb14_reg4", 3e-3, "runs/pets")
+    assert train.parse(["--data", "cub", "--method", "huang"]).out == "runs/cub_huang"
     args = train.parse(["--bias", "inside", "--epochs", "3"])
     assert (args.data, args.weights, args.bias, args.epochs) == ("toy", "toy", "inside", 3)
 

@@ -1,16 +1,16 @@
 """Train IVPT: the recipes, the eight losses and one visible loop (arXiv 2503.06084).
 
-    python train.py                                    # drawn birds: no download, minutes on a laptop
-    python train.py --data cub                         # the paper's run: CUB, DINOv2-B/14 reg4, 518 px
-    python train.py --data FOLDER --image-size 224     # FOLDER/train/CLASS/IMAGE, FOLDER/test/...
-    torchrun --nproc_per_node=4 train.py --data cub    # the same batch, spread over four GPUs
+    python train.py                                  # drawn birds: no download, minutes on a laptop
+    python train.py --data cub                       # the paper's run: CUB, DINOv2-B/14 reg4, 518 px
+    python train.py --data FOLDER --image-size 224   # FOLDER/train/CLASS/IMAGE, FOLDER/test/...
+    torchrun --nproc_per_node=4 train.py --data cub  # the same batch, spread over four GPUs
 
 A run's folder (--out) receives config.json (the options), log.jsonl (one object an epoch), last.pt
 (what --resume and evaluate.py read) and metrics.json. Bad input ends with one line and exit code 2.
 
 With several processes --batch-size counts the images of one step over all of them. Two losses then
 see the images of their own process only: presence, whose maximum runs over the batch, and
-equivariance, whose affine map is drawn once a batch.
+equivariance, whose affine map is drawn once a batch. log.jsonl tells the losses of process 0.
 """
 import argparse
 import json
@@ -34,8 +34,7 @@ import model as ivpt
 
 # ------------------------------------------------------------------------------ recipes and presets
 # The paper's text and the authors' program differ in the bias, the fusion head and what is trained.
-# Footnote: the paper's rate of the bias is 2e-4. At that rate a bias after the softmax outgrows the
-# shares: the map becomes the same in every image.
+# lr_bias is ours: at the paper's 2e-4 a bias after the softmax makes the map the same in all images.
 PAPER = dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5, start="noise",
              distance="euclidean")
 RELEASED = PAPER | dict(bias="inside", fusion="linear", tune="tokens", lr_bias=2e-4)
@@ -53,10 +52,6 @@ def option(default, help, **more):
     return field(default=default, metadata=dict(help=help, **more))
 
 
-def switch(help):
-    return option(False, help, action="store_true")
-
-
 @dataclass
 class Options:
     """The command line, config.json and the options in a checkpoint."""
@@ -64,27 +59,25 @@ class Options:
     data: str = option("toy", "toy (drawn birds), cub (CUB-200-2011) or a folder: see data.py")
     data_root: str = option(None, "folder that holds the data set, or where to put it")
     out: str = option(None, "folder of the run (runs/DATA)")
-    resume: bool = switch("go on after the last finished epoch of the run in --out")
-    overwrite: bool = switch("replace the run in --out")
-    validate: bool = switch("train on three of four training images, evaluate on the fourth")
+    resume: bool = option(False, "go on after the last finished epoch of the run in --out")
+    overwrite: bool = option(False, "replace the run in --out")
+    validate: bool = option(False, "train on three of four training images, evaluate on the fourth")
     # model
     method: str = option("ivpt", "ivpt, or a baseline's name: see baselines/")
-    recipe: str = option("paper", "paper: its text; released: the authors' program; tuned: ours",
-                         choices=list(RECIPES))
+    recipe: str = option("paper", "the paper's text, its program or ours", choices=list(RECIPES))
     weights: str = option(None, "vits14, vitb14, vitl14, vitg14, each also with _reg4, or a file")
     image_size: int = option(None, "side of the input in pixels, a multiple of the patch")
-    prototypes: tuple = option((17, 14, 11, 8, 5), "prototypes of each concept layer, with the "
-                               "background", nargs="+", type=int)
-    bias: str = option(None, "spatial bias after or inside the softmax",
-                       choices=["after", "inside"])
+    prototypes: tuple = option((17, 14, 11, 8, 5), "of each layer, the last of them background",
+                               nargs="+", type=int)
+    bias: str = option(None, "after or inside the softmax", choices=["after", "inside"])
     fusion: str = option(None, "head of the fusion", choices=["mlp", "linear"])
     tune: str = option(None, "what learns in the backbone", choices=["none", "tokens", "all"])
     start: str = option(None, "where prototypes start", choices=["noise", "kmeans"])
     distance: str = option(None, "of patches and prototypes", choices=["euclidean", "scaled"])
-    no_bias: bool = switch("ablation: no spatial bias")
-    no_regions: bool = switch("ablation: global attention pools instead of regions")
-    no_cross_layer: bool = switch("ablation: concepts at the output alone, no prompts")
-    no_fusion: bool = switch("ablation: every fine concept is a prompt of its own")
+    no_bias: bool = option(False, "ablation: no spatial bias")
+    no_regions: bool = option(False, "ablation: global attention pools instead of regions")
+    no_cross_layer: bool = option(False, "ablation: concepts at the output alone, no prompts")
+    no_fusion: bool = option(False, "ablation: every fine concept is a prompt of its own")
     # optimisation; rates are those at batch 16 and scale with the root of the batch size
     pretrain: int = option(None, "epochs in which the toy ViT, which has no file, learns first")
     epochs: int = option(None, "passes over the training images; rates halve every four")
@@ -97,7 +90,7 @@ class Options:
     # machine
     amp: bool = option(None, "bf16 autocast (default: where the device has bf16)",
                        action=argparse.BooleanOptionalAction)
-    compile: bool = switch("torch.compile the forward and its losses")
+    compile: bool = option(False, "torch.compile the forward and its losses")
     device: str = option(None, "default: what is there", choices=["cuda", "cpu"])
     workers: int = option(None, "loader processes of each process (default: up to 8, CPU 1)")
 
@@ -107,8 +100,10 @@ def parse(argv=None):
     parser = data.one_line_parser(description=__doc__.split("\n")[0])
     for f in fields(Options):
         settings = dict(f.metadata, default=f.default)
-        if "action" not in settings and "type" not in settings:
-            settings["type"] = f.type
+        if f.type is bool:
+            settings.setdefault("action", "store_true")
+        else:
+            settings.setdefault("type", f.type)
         parser.add_argument("--" + f.name.replace("_", "-"), **settings)
     args = Options(**vars(parser.parse_args(argv)))
     fill_blanks(args)
@@ -118,49 +113,43 @@ def parse(argv=None):
 
 def fill_blanks(args):
     """What was typed wins, then the baseline's rates, the data set's preset, the recipe."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    workers = min(8, os.cpu_count()) if device == "cuda" else 1
     preset = TOY_PRESET if args.data == "toy" else PRESET
-    defaults = RECIPES[args.recipe] | preset | dict(out=f"runs/{Path(args.data).resolve().name}")
+    defaults = RECIPES[args.recipe] | preset
+    defaults |= dict(device=device, amp=has_bf16(device), workers=workers)
+    defaults["out"] = f"runs/{Path(args.data).resolve().name}"
     if args.method != "ivpt":
         from baselines import METHODS
         if args.method not in METHODS:
             raise ValueError(f"--method {args.method}: expected ivpt, {', '.join(METHODS)}")
         defaults |= METHODS[args.method].rates
+        defaults["out"] += f"_{args.method}"
     if (args.weights or preset["weights"]) == "toy":
-        defaults["tune"] = "all"  # no pretrained file, so nothing to stay frozen at
+        defaults["tune"] = "all"  # the toy ViT is young: it learns along
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.prototypes = tuple(args.prototypes)
-    args.out = os.path.expanduser(args.out)
-    if args.device is None:
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.amp is None:
-        args.amp = has_bf16(args.device)
-    if args.workers is None:
-        args.workers = min(8, os.cpu_count()) if args.device == "cuda" else 1
 
 
 def check(args):
     """One line for numbers that cannot work, before anything is read or written."""
-    at_least_1 = ("epochs", "batch_size", "image_size")
-    at_least_0 = ("pretrain", "workers", "seed", "lr", "lr_prototypes", "lr_bias", "lr_backbone")
-    for name in at_least_1 + at_least_0:
-        lowest = 1 if name in at_least_1 else 0
-        if not lowest <= getattr(args, name) < math.inf:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} {getattr(args, name)}: expected {lowest} or more")
+    for name, value in vars(args).items():
+        lowest = 1 if name in ("epochs", "batch_size", "image_size") else 0
+        if isinstance(value, (int, float)) and not lowest <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected {lowest} or more")
 
 
 def has_bf16(device):
     """Whether the device computes in bf16 itself: Ampere and later, AVX512-BF16 or AMX."""
     if device == "cuda":
-        return torch.cuda.get_device_capability()[0] >= 8
+        return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 # ------------------------------------------------------------------------------------ the losses
 # A is a smoothed attention map (B, K, h, w), the background last. Every loss is a scalar and weighs 1.
-
 def classification(logits, labels):
     """Cross entropy of the mean over concepts of their class scores. logits (B, C), labels (B,)."""
     return F.cross_entropy(logits, labels)
@@ -205,9 +194,8 @@ def entropy(A):
 
 def equivariance(A, A_back):
     """1 - mean cosine of a concept's map and its map of the transformed image, moved back."""
-    foreground = A[:, :-1].flatten(2)  # (B, K-1, N)
-    foreground_back = A_back[:, :-1].flatten(2)
-    return 1 - F.cosine_similarity(foreground, foreground_back, dim=2).mean()
+    cosines = F.cosine_similarity(A[:, :-1].flatten(2), A_back[:, :-1].flatten(2), dim=2)
+    return 1 - cosines.mean()  # over (B, K-1)
 
 
 def orthogonality(features):
@@ -220,7 +208,7 @@ def orthogonality(features):
 def mean_over_layers(loss, *maps):
     """The mean of loss(map of layer 1, ...), loss(map of layer 2, ...); 0 without layers."""
     values = [loss(*layer) for layer in zip(*maps)]
-    return sum(values) / max(1, len(values))
+    return sum(values) / len(values) if values else torch.zeros(())
 
 
 def ivpt_losses(model, images, labels, theta):
@@ -259,22 +247,15 @@ def method_losses(model, images, labels, theta):
 
 
 # --------------------------------------------------------------------------------- the optimiser
-
 def parameter_groups(model, args):
     """IVPT's learning rates, at batch 16."""
-    groups = {"lr": [], "lr_prototypes": [], "lr_bias": [], "lr_backbone": []}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name.startswith("backbone.") and args.tune == "all":
-            groups["lr_backbone"].append(parameter)
-        elif name.startswith("concepts.") and name.endswith("bias"):
-            groups["lr_bias"].append(parameter)
-        elif name.startswith(("concepts.", "backbone.")):
-            groups["lr_prototypes"].append(parameter)
-        else:
-            groups["lr"].append(parameter)
-    return [dict(params=ps, lr=getattr(args, name)) for name, ps in groups.items() if ps]
+    heads = [*model.fusions.parameters(), *model.norm.parameters(), *model.classifier.parameters()]
+    tuned = [p for p in model.backbone.parameters() if p.requires_grad]
+    return [
+        dict(params=heads, lr=args.lr),
+        dict(params=[concept.prototypes for concept in model.concepts], lr=args.lr_prototypes),
+        dict(params=[concept.bias for concept in model.concepts], lr=args.lr_bias),
+        dict(params=tuned, lr=args.lr_backbone if args.tune == "all" else args.lr_prototypes)]
 
 
 def make_optimizer(model, args):
@@ -290,24 +271,21 @@ def make_optimizer(model, args):
 
 
 def average_gradients(parameters, world):
-    """The mean over all processes; a parameter without a gradient here counts as zero."""
+    """The mean over all processes. Those without a gradient have none in any process."""
     for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= world
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world
 
 
 # ------------------------------------------------------------------------------- a run's beginning
-
 def open_run_folder(args):
     """The run's folder, made if need be. A folder that holds a run is not overwritten unasked."""
-    out = Path(args.out)
+    out = Path(args.out).expanduser()
     if args.resume and not (out / "last.pt").is_file():
         raise FileNotFoundError(f"--resume: {out / 'last.pt'} is not there; name the run by --out")
     if (out / "config.json").is_file() and not (args.resume or args.overwrite):
-        raise ValueError(f"--out {out} holds a run: go on with --resume, replace it with "
-                         "--overwrite, or name another folder")
+        raise ValueError(f"--out {out} holds a run; take --resume, --overwrite or another folder")
     out.mkdir(parents=True, exist_ok=True)
     return out
 
@@ -354,8 +332,11 @@ def resume_run(path, args, dataset, model, optimizer, scheduler):
     checkpoint = ivpt.read_checkpoint(path)
     now = asdict(args) | dict(classes=dataset.classes, images=len(dataset))
     then = checkpoint["options"] | dict(classes=checkpoint["classes"], images=checkpoint["images"])
-    for name in now:
-        if name not in MAY_CHANGE and now[name] != then.get(name):
+    may_change = set(MAY_CHANGE)
+    if hasattr(model, "set_epoch"):  # stages are counted from the last epoch
+        may_change.remove("epochs")
+    for name in now.keys() - may_change:
+        if now[name] != then.get(name):
             raise ValueError(f"--resume: {path} was trained with {name} {then.get(name)}, now "
                              f"{now[name]}; give the same, or another --out")
     ivpt.restore(model, checkpoint, path)
@@ -364,18 +345,12 @@ def resume_run(path, args, dataset, model, optimizer, scheduler):
     return checkpoint["epoch"]
 
 
-def cut_log(log, finished):
-    """Cuts log.jsonl back to the finished epochs: a killed run may have written one line more."""
-    lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
-    log.write_text("".join(lines[:finished]))
-
-
 # ---------------------------------------------------------------------------------------- the run
-
 def train(args):
     """The run that the options describe. Returns its metrics, as in metrics.json."""
-    # Data and model. Cheap checks come before downloads.
+    # Data and model. What a wrong folder would cost is said before anything is downloaded.
     out = open_run_folder(args)
+    log = out / "log.jsonl"
     use_cores(args)
     device = evaluate.local_device(args.device)
     rank, world = evaluate.start_processes(device)
@@ -390,20 +365,26 @@ def train(args):
         if args.weights == "toy" and args.pretrain:
             from prepare.toy_vit import pretrain
             pretrain(model.backbone, dataset, args.pretrain, device, args.amp)
-            ivpt.tune_backbone(model.backbone, args.tune)  # freeze again
+            ivpt.tune_backbone(model.backbone, args.tune)  # what stays frozen is frozen again
         if args.start == "kmeans" and args.method == "ivpt":
             ivpt.start_prototypes(model, unaugmented, args.seed)
     optimizer, scheduler = make_optimizer(model, args)
     finished = 0
     if args.resume:
         finished = resume_run(out / "last.pt", args, dataset, model, optimizer, scheduler)
-    elif chief:
+    elif chief:  # --overwrite
         for name in ("last.pt", "metrics.json"):
             (out / name).unlink(missing_ok=True)
+    if world > 1:  # a GPU's sums may differ by a rounding: all start as process 0
+        for parameter in model.parameters():
+            dist.broadcast(parameter.data, 0)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    fingerprint = ivpt.fingerprint(model)  # of what stays frozen
     if chief:
         ivpt.save(out / "config.json", json.dumps(asdict(args), indent=1) + "\n")
-        cut_log(out / "log.jsonl", finished)
+        # A run that was killed may have logged one epoch more than it saved.
+        lines = log.read_text().splitlines(keepends=True)[:finished] if finished else []
+        log.write_text("".join(lines))
         trained = sum(p.numel() for p in parameters)
         print(f"{args.method}, recipe {args.recipe}: {len(dataset)} training images of "
               f"{len(dataset.classes)} classes, {trained:,} trained parameters, {device}, "
@@ -424,8 +405,8 @@ def train(args):
         loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.workers,
                             pin_memory=args.device == "cuda", generator=torch.Generator())
         history = []  # one dict of losses a step
-        hide = None if chief else True
-        for images, labels, _, indices in tqdm(loader, f"epoch {epoch + 1}", disable=hide, leave=False):
+        progress = tqdm(loader, f"epoch {epoch + 1}", leave=False, disable=None if chief else True)
+        for images, labels, _, indices in progress:
             images = images.to(device, non_blocking=True)
             labels = labels.to(device, non_blocking=True)
             theta = data.sample_affine()  # one affine map for all images
@@ -436,18 +417,17 @@ def train(args):
             if world > 1:
                 average_gradients(parameters, world)
             norm = nn.utils.clip_grad_norm_(parameters, 2.0)
-            if norm.isfinite():
-                optimizer.step()
-                losses["train_accuracy"] = 100 * (logits.argmax(1) == labels).float().mean()
-                history.append({name: value.detach() for name, value in losses.items()})
-                bad_steps = 0
+            if not norm.isfinite():
+                bad_steps += 1
+                print(f"epoch {epoch + 1}: gradient norm {norm.item()}, no step taken on images "
+                      f"{indices.tolist()}", file=sys.stderr)
+                if bad_steps == 3:
+                    raise ValueError("three non-finite gradients; lower --lr, or take --no-amp")
                 continue
-            bad_steps += 1
-            print(f"epoch {epoch + 1}: gradient norm {norm.item()}, no step taken on images "
-                  f"{indices.tolist()}", file=sys.stderr)
-            if bad_steps == 3:
-                raise ValueError("three non-finite gradients in a row; last.pt keeps the last "
-                                 "finished epoch; lower --lr, or take --no-amp")
+            bad_steps = 0
+            optimizer.step()
+            losses["train_accuracy"] = 100 * (logits.argmax(1) == labels).float().mean()
+            history.append({name: value.detach() for name, value in losses.items()})
 
         # The epoch's end: a line in the log, the checkpoint.
         if hasattr(model, "after_epoch"):
@@ -459,13 +439,12 @@ def train(args):
         line["seconds"] = round(time.time() - began, 2)
         scheduler.step()
         if chief:
-            with open(out / "log.jsonl", "a") as log:
-                log.write(json.dumps(line) + "\n")
+            with log.open("a") as file:
+                file.write(json.dumps(line) + "\n")
             ivpt.save(out / "last.pt", dict(
                 options=asdict(args), classes=dataset.classes, images=len(dataset), epoch=epoch + 1,
-                model=ivpt.trained_state(model),
-                fingerprint=ivpt.fingerprint(model), optimizer=optimizer.state_dict(),
-                scheduler=scheduler.state_dict()))
+                model=ivpt.trained_state(model), fingerprint=fingerprint,
+                optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict()))
             left = (args.epochs - epoch - 1) * line["seconds"] / 60
             print(f"epoch {epoch + 1}/{args.epochs}: loss {line.get('loss')}, training accuracy "
                   f"{line.get('train_accuracy')} %, {line['seconds']} s, {left:.1f} min left",
@@ -473,22 +452,22 @@ def train(args):
 
     # The result.
     recipe = {name: getattr(args, name) for name in evaluate.METHOD}
+    metrics_file = out / ("metrics_val.json" if args.validate else "metrics.json")
     metrics = evaluate.evaluate(
         model.eval(), folder, args.image_size, workers=args.workers, amp=args.amp, seed=args.seed,
         split=test_split, recipe=recipe)
     if chief:
-        ivpt.save(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+        ivpt.save(metrics_file, json.dumps(metrics, indent=1) + "\n")
         print(f"\n{evaluate.table(metrics)}\n")
-        print(f"python evaluate.py --ckpt {out / 'last.pt'} --visualize {out / 'pictures'}")
+        print(f"python evaluate.py --ckpt {out / 'last.pt'} --split {test_split} "
+              f"--visualize {out / 'pictures'}")
     return metrics
 
 
 def main():
-    try:
-        train(parse())
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    train(parse())
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
