@@ -44,7 +44,7 @@ RECIPES = {"paper": PAPER, "released": RELEASED, "tuned": TUNED}
 # The data set's preset. What the command line leaves open is filled in from here.
 PRESET = dict(weights="vitb14_reg4", image_size=518, pretrain=0, epochs=25, lr=1e-2,
               lr_prototypes=2e-4)
-TOY_PRESET = PRESET | dict(weights="toy", image_size=112, pretrain=16, epochs=12,
+TOY_PRESET = PRESET | dict(weights="toy", image_size=112, pretrain=14, epochs=12,
                            lr_prototypes=5e-4)  # few steps: the prototypes must move faster
 
 
