@@ -2,6 +2,8 @@
 
     python -m pytest baselines
 """
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as ivpt
 from baselines import METHODS, protopnet
 

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-from prepare import layout, partimagenet, toy_birds
+import model as ivpt
+from prepare import layout, partimagenet, toy_birds, toy_vit
 
 
 def run(monkeypatch, script, *arguments):
@@ -85,6 +87,25 @@ def test_toy_place_alone_is_not_enough(monkeypatch):
     spots = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 1, 1, 2)
     hits = (np.abs(frames - spots) <= 36).all(axis=-1).mean(axis=1)  # (196 spots, 8 parts)
     assert hits.max() < 0.85 and np.median(hits.max(axis=0)) < 0.5
+
+
+def test_the_toy_vit_learns_species_and_pixels(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy_birds, "ZOOM", 1)
+    toy_birds.draw(tmp_path / "birds", num_train=8, num_test=1)
+    dataset = data.Images(tmp_path / "birds", "train", "train", 56)
+    backbone = ivpt.load_backbone("toy", 56)
+    before = {name: p.detach().clone() for name, p in backbone.named_parameters()}
+    errors, mse_loss = [], F.mse_loss
+
+    def watched(drawn, pixels):
+        errors.append(mse_loss(drawn, pixels))
+        return errors[-1]
+
+    monkeypatch.setattr(F, "mse_loss", watched)
+    toy_vit.pretrain(backbone, dataset, 6, torch.device("cpu"), amp=False)
+    unmoved = {name for name, p in backbone.named_parameters() if torch.equal(p, before[name])}
+    assert unmoved == {"mask_token"}
+    assert len(errors) == 6 * 5 and sum(errors[-5:]) < 0.8 * sum(errors[:5])
 
 
 def test_a_failing_script_leaves_nothing_and_a_second_one_takes_the_folder_of_the_first(tmp_path):
