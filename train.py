@@ -459,8 +459,8 @@ def train(args):
     if chief:
         ivpt.save(metrics_file, json.dumps(metrics, indent=1) + "\n")
         print(f"\n{evaluate.table(metrics)}\n")
-        print(f"python evaluate.py --ckpt {out / 'last.pt'} --split {test_split} "
-              f"--visualize {out / 'pictures'}")
+        next_step = f"python evaluate.py --ckpt {out / 'last.pt'} --visualize {out / 'pictures'}"
+        print(next_step + " --split val" if args.validate else next_step)
     return metrics
 
 
