@@ -1407,6 +1407,34 @@ def test_recipes(recipe, after, mlp, tune, scaled, start, lr_bias):
     assert train.parse(["--data", "cub", "--method", "huang"]).out == "runs/cub_huang"
 
 
+@pytest.mark.parametrize("idea", ["bias", "regions", "cross_layer", "fusion"])
+def test_an_ablation_takes_one_idea_away_and_trains(idea, birds, tmp_path):
+    args = train.parse([*TINY_RUN, "--out", str(tmp_path), "--no-" + idea.replace("_", "-")])
+    model = ivpt.build(asdict(args), 6, tiny_backbone()).train()
+    optimizer, _ = train.make_optimizer(model, args)
+    losses, _ = train.method_losses(model, torch.randn(2, 3, 70, 70), torch.tensor([0, 1]),
+                                    data.sample_affine())
+    losses["loss"].backward()
+    before = model.classifier.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model.classifier.weight, before)
+    assert all(torch.is_tensor(value) and value.isfinite() for value in losses.values())
+    assert len(model.fusions) == (0 if idea == "cross_layer" else 4)
+    assert model.concepts[0].bias.requires_grad == (idea != "bias")
+
+
+def test_a_cpu_leaves_a_core_to_each_loader_process(monkeypatch):
+    used = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for workers in ("0", "3", "9"):
+        train.use_cores(train.parse(["--device", "cpu", "--workers", workers]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # the user's word
+    train.use_cores(train.parse(["--device", "cpu"]))
+    assert used == [8, 5, 1]
+
+
 def test_rates_follow_the_batch_and_halve_every_four_epochs(birds, tmp_path):
     args = tiny_run(birds, tmp_path, "--batch-size", 64, "--recipe", "released", "--tune", "tokens")
     model = ivpt.build(asdict(args), 10)
