@@ -42,10 +42,10 @@ TUNED = PAPER | dict(start="kmeans", distance="scaled")  # ours: regions should 
 RECIPES = {"paper": PAPER, "released": RELEASED, "tuned": TUNED}
 
 # The data set's preset. What the command line leaves open is filled in from here.
-PRESET = dict(weights="vitb14_reg4", image_size=518, pretrain=0, epochs=25, lr=1e-2,
-              lr_prototypes=2e-4)
-TOY_PRESET = PRESET | dict(weights="toy", image_size=112, pretrain=14, epochs=12,
-                           lr_prototypes=5e-4)  # few steps: the prototypes must move faster
+PRESET = dict(recipe="paper", weights="vitb14_reg4", image_size=518, pretrain=0, epochs=25, lr=1e-2,
+              lr_prototypes=2e-4, lr_backbone=2e-4)
+TOY_PRESET = PRESET | dict(recipe="tuned", weights="toy", image_size=112, pretrain=14, epochs=12,
+                           lr_backbone=5e-5)
 
 
 def option(default, help, **more):
@@ -64,7 +64,8 @@ class Options:
     validate: bool = option(False, "train on three of four training images, evaluate on the fourth")
     # model
     method: str = option("ivpt", "ivpt, or a baseline's name: see baselines/")
-    recipe: str = option("paper", "the paper's text, its program or ours", choices=list(RECIPES))
+    recipe: str = option(None, "the paper's text (default), its program, or ours (default of toy)",
+                         choices=list(RECIPES))
     weights: str = option(None, "vits14, vitb14, vitl14, vitg14, each also with _reg4, or a file")
     image_size: int = option(None, "side of the input in pixels, a multiple of the patch")
     prototypes: tuple = option((17, 14, 11, 8, 5), "of each layer, the last of them background",
@@ -85,7 +86,7 @@ class Options:
     lr: float = option(None, "rate of class head, grouping, fusion head and LayerNorms")
     lr_prototypes: float = option(None, "rate of prototypes, prompts and tuned tokens")
     lr_bias: float = option(None, "rate of the spatial bias: too high, and regions stand still")
-    lr_backbone: float = option(2e-4, "rate of the backbone under --tune all")
+    lr_backbone: float = option(None, "rate of the backbone under --tune all")
     seed: int = option(42, "of weights, order, augmentation and noise")
     # machine
     amp: bool = option(None, "bf16 autocast (default: where the device has bf16)",
@@ -116,7 +117,7 @@ def fill_blanks(args):
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     workers = min(8, os.cpu_count()) if device == "cuda" else 1
     preset = TOY_PRESET if args.data == "toy" else PRESET
-    defaults = RECIPES[args.recipe] | preset
+    defaults = RECIPES[args.recipe or preset["recipe"]] | preset
     defaults |= dict(device=device, amp=has_bf16(device), workers=workers)
     defaults["out"] = f"runs/{Path(args.data).resolve().name}"
     if args.method != "ivpt":

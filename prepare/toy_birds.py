@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from prepare import layout
 
-FOLDER = "toy_birds_v4"  # below --data-root; another drawing gets another number
+FOLDER = "toy_birds_v5"  # below --data-root; another drawing gets another number
 
 
 def colours(*names):
@@ -72,7 +72,7 @@ KEYPOINTS = {  # of each part: the joint with which it turns, and the point
     "breast": ("body", (0.68, 0.1)),
     "wing": ("wing", (-0.18, -0.1)),
     "belly": ("body", (-0.16, 0.38)),
-    "tail": ("tail", (-1.35, 0.02)),
+    "tail": ("tail", (-1.12, 0.02)),
     "leg": ("leg", (0, 0.88)),
 }
 # The shapes of a bird from back to front. A row: joint, colour, the look that has it ("-" for all
@@ -84,25 +84,25 @@ leg  leg         -       bar  -.26 1.14 0 1.18 .09 | -.26 1.14 -.08 1.28 .09
 leg  leg         -       bar  -.26 1.14 -.44 1.2 .09
 leg  leg         -       bar  .16 .4 .22 .84 .2 | .22 .8 .12 1.16 .16
 leg  leg         -       bar  .12 1.14 .38 1.18 .09 | .12 1.14 .3 1.28 .09 | .12 1.14 -.06 1.2 .09
-tail tail        banded  area -.6 -.2  -1.95 -.24  -2.03 .02  -1.95 .28  -.6 .24
-tail dark-tail   banded  bar  -1.04 -.19 -1.04 .23 .14 | -1.36 -.19 -1.36 .23 .14
-tail dark-tail   banded  bar  -1.68 -.19 -1.68 .23 .14
-tail tail        forked  area -.6 -.2  -2 -.46  -1.5 .02  -2 .5  -.6 .24
-tail tail        tipped  area -.6 -.2  -1.8 -.42  -1.95 .02  -1.8 .46  -.6 .24
-tail dark-tail   tipped  area -1.5 -.35  -1.8 -.42  -1.95 .02  -1.8 .46  -1.5 .39
+tail tail        banded  area -.6 -.2  -1.6 -.24  -1.68 .02  -1.6 .28  -.6 .24
+tail dark-tail   banded  bar  -.88 -.19 -.88 .23 .12 | -1.14 -.19 -1.14 .23 .12
+tail dark-tail   banded  bar  -1.4 -.19 -1.4 .23 .12
+tail tail        forked  area -.6 -.2  -1.65 -.46  -1.25 .02  -1.65 .5  -.6 .24
+tail tail        tipped  area -.6 -.2  -1.5 -.42  -1.62 .02  -1.5 .46  -.6 .24
+tail dark-tail   tipped  area -1.2 -.35  -1.5 -.42  -1.62 .02  -1.5 .46  -1.2 .39
 head face        -       area .1 -.42  .75 -.9  1.25 -.4  .98 .25  .4 .3
 body back        -       oval 0 0 1 .6 8
-body belly       -       oval -.14 .27 .74 .3 6
+body belly       -       oval -.12 .28 .54 .3 6
 body breast      -       oval .68 .1 .34 .44 -18
 body dark-breast spotted oval .51 -.02 .06 .07 0 | .71 -.14 .06 .07 0 | .87 .02 .06 .07 0
 body dark-breast spotted oval .67 .1 .06 .07 0 | .49 .22 .06 .07 0 | .81 .26 .06 .07 0
 body dark-breast spotted oval .63 .37 .06 .07 0
 body dark-breast barred  bar  .44 -.14 .92 -.06 .09 | .4 .06 .96 .14 .09 | .42 .26 .94 .34 .09
-wing wing        -       area .46 -.14 .3 -.38 -.1 -.46 -.6 -.28 -1.15 .1 -.55 .16 -.1 .22 .3 .12
+wing wing        -       area .46 -.14 .3 -.38 -.1 -.46 -.5 -.3 -.8 .08 -.45 .16 -.1 .22 .3 .12
 wing faint-wing  bars    bar  .16 -.36 .06 .16 .1 | -.14 -.36 -.24 .16 .1
 wing faint-wing  spots   oval .24 -.16 .08 .07 0 | .02 -.28 .08 .07 0 | .02 -.02 .08 .07 0
-wing faint-wing  spots   oval -.22 -.16 .08 .07 0 | -.3 .05 .08 .07 0 | -.5 -.1 .08 .07 0
-wing dark-wing   quills  bar  .1 -.28 -.75 -.11 .07 | .1 -.11 -.75 -.025 .07 | .1 .06 -.75 .06 .07
+wing faint-wing  spots   oval -.22 -.16 .08 .07 0 | -.3 .05 .08 .07 0 | -.48 -.06 .08 .07 0
+wing dark-wing   quills  bar  .1 -.28 -.55 -.11 .07 | .1 -.11 -.6 -.025 .07 | .1 .06 -.6 .06 .07
 head face        -       oval 1 -.62 .46 .44 0
 head beak        cone    area 1.36 -.84  1.9 -.56  1.36 -.4
 head beak        needle  area 1.38 -.7  2.2 -.56  1.38 -.48

@@ -1,7 +1,8 @@
 """Pretrains the small ViT of the toy birds, which has no weights file (train.py --weights toy).
 
-The cls token learns the species, and every patch learns to tell its own pixels. Without the pixels
-patches would tell species instead of parts. This is no part of the paper: DINOv2 comes pretrained.
+The cls token learns the species, and every patch learns to tell the mean colour around it. Without
+the colours patches would tell species instead of parts. This is no part of the paper: DINOv2 comes
+pretrained.
 """
 import torch
 import torch.nn as nn
@@ -18,8 +19,8 @@ def pretrain(backbone, dataset, epochs, device, amp, batch_size=16):
     """
     D, patch = backbone.width, backbone.patch_size
     class_head = nn.Linear(D, len(dataset.classes)).to(device)
-    pixel_head = nn.Linear(D, 3 * patch ** 2).to(device)
-    heads = [*class_head.parameters(), *pixel_head.parameters()]
+    colour_head = nn.Linear(D, 3).to(device)
+    heads = [*class_head.parameters(), *colour_head.parameters()]
     backbone.requires_grad_(True)
     optimizer = torch.optim.Adam([dict(params=backbone.parameters(), lr=1e-3),
                                   dict(params=heads, lr=3e-3)], fused=True)
@@ -39,9 +40,11 @@ def pretrain(backbone, dataset, epochs, device, amp, batch_size=16):
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 tokens = backbone(images)  # (B, prefix + N, D)
                 logits = class_head(tokens[:, 0])
-                drawn = pixel_head(tokens[:, backbone.prefix:])  # (B, N, 3 patch^2)
-            pixels = F.unfold(images, patch, stride=patch).transpose(1, 2)
-            loss = F.cross_entropy(logits.float(), labels) + F.mse_loss(drawn.float(), pixels)
+                guesses = colour_head(tokens[:, backbone.prefix:])  # (B, N, 3)
+            colours = F.avg_pool2d(images, 3 * patch, stride=patch, padding=patch,
+                                   count_include_pad=False)  # (B, 3, h, w), of 3 x 3 patches
+            loss = F.cross_entropy(logits.float(), labels)
+            loss = loss + F.mse_loss(guesses.float(), colours.flatten(2).transpose(1, 2))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(backbone.parameters(), 2.0)
