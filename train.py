@@ -349,7 +349,7 @@ def resume_run(path, args, dataset, model, optimizer, scheduler):
 # ---------------------------------------------------------------------------------------- the run
 def train(args):
     """The run that the options describe. Returns its metrics, as in metrics.json."""
-    # Data and model. What a wrong folder would cost is said before anything is downloaded.
+    # Data and model. A folder that holds a run is refused before anything is downloaded.
     out = open_run_folder(args)
     log = out / "log.jsonl"
     use_cores(args)
@@ -360,6 +360,7 @@ def train(args):
     split, test_split = ("fit", "val") if args.validate else ("train", "test")
     dataset = open_dataset(args, folder, split, world)
     unaugmented = data.Images(folder, split, "test", args.image_size)
+    data.Images(folder, test_split, "test", args.image_size)  # needed at the end: checked now
     torch.manual_seed(args.seed)
     model = ivpt.build(asdict(args), len(dataset.classes)).to(device)
     if not args.resume:
