@@ -44,7 +44,7 @@ RECIPES = {"paper": PAPER, "released": RELEASED, "tuned": TUNED}
 # The data set's preset. What the command line leaves open is filled in from here.
 PRESET = dict(recipe="paper", weights="vitb14_reg4", image_size=518, pretrain=0, epochs=25, lr=1e-2,
               lr_prototypes=2e-4, lr_backbone=2e-4)
-TOY_PRESET = PRESET | dict(recipe="tuned", weights="toy", image_size=112, pretrain=14, epochs=12,
+TOY_PRESET = PRESET | dict(recipe="tuned", weights="toy", image_size=112, pretrain=12, epochs=9,
                            lr_backbone=5e-5)
 
 
