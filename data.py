@@ -344,6 +344,8 @@ def run_script(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except ModuleNotFoundError as error:  # the core files alone, without a folder
+        line = f"{error}; take the whole repository"
     except torch.OutOfMemoryError as error:
         line = f"{str(error).splitlines()[0]} Try a smaller --batch-size or --image-size."
     except (ValueError, OSError) as error:

@@ -577,12 +577,16 @@ def test_kernels_op_passes_opcheck():
     assert set(checks.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
-def test_kernels_compile_fullgraph(backend):
-    compiled = torch.compile(kernels.prototype_attention, fullgraph=True, backend=backend)
+def op_after_softmax(x, q, b):
+    return kernels._op(x, q, b, True, 0.0, False)
+
+
+@pytest.mark.parametrize("function", (kernels.prototype_attention, op_after_softmax))
+def test_kernels_compile_fullgraph(function):
+    compiled = torch.compile(function, fullgraph=True)
     inputs, grads = kernel_problem(2, 9, 12, 5)
     torch.testing.assert_close(*(with_gradients(f, inputs, grads, torch.float32)
-                                 for f in (compiled, kernels.prototype_attention)))
+                                 for f in (compiled, function)))
 
 
 # ---------------------------------------------------------------- kernels in Triton's interpreter
@@ -1170,6 +1174,10 @@ def test_training_with_the_op_is_training_with_the_formula(recipe, monkeypatch):
             values.append(losses["loss"].item())
         return values
 
+    def op(x, q, b, after, smoothing=0.0, detach_maps=False):  # a CPU would take the reference
+        return kernels._op(x, q, b, after, smoothing, detach_maps)
+
+    monkeypatch.setattr(ivpt, "prototype_attention", op)
     with_op = ten_steps()
     monkeypatch.setattr(ivpt, "prototype_attention", formula)
     assert ten_steps() == pytest.approx(with_op, rel=1e-6)  # fp32 would give 1e-3
@@ -1404,7 +1412,12 @@ def test_recipes(recipe, after, mlp, tune, scaled, start, lr_bias):
     assert isinstance(model.fusions[0].head, nn.Sequential) == mlp and model.tune == tune
     args = train.parse(["--data", "a/pets", "--lr", "3e-3", "--bias", "after", "--recipe", recipe])
     assert (args.lr, args.bias, args.out) == (3e-3, "after", "runs/pets")  # what is typed wins
-    assert train.parse(["--data", "cub", "--method", "huang"]).out == "runs/cub_huang"
+
+
+def test_the_toy_has_a_preset_of_its_own():
+    args = train.parse([])
+    assert (args.recipe, args.weights, args.tune, args.image_size) == ("tuned", "toy", "all", 112)
+    assert (args.pretrain, args.epochs, args.lr_backbone) == (12, 9, 5e-5)
 
 
 @pytest.mark.parametrize("idea", ["bias", "regions", "cross_layer", "fusion"])
@@ -1469,9 +1482,10 @@ def test_every_image_has_its_turn_however_many_processes_share_a_batch(birds, tm
 @pytest.mark.parametrize("arguments, says", [
     (["--image-size", "100"], "divisible by the patch"), (["--image-size", "16"], "3 a side"),
     (["--prototypes", "4", "1"], "prototypes"), (["--batch-size", "100"], "training images"),
-    (["--data", "birds"], "--data"), (["--weights", "nowhere.pth"], "nowhere.pth: .*vitb14_reg4"),
-    (["--resume"], "--resume"), (["--lr", "nan"], "--lr"), (["--device", "gpu"], "--device"),
-    (["--method", "vpt"], "--method"), (["--prototype", "3"], "--help")])
+    (["--data", "birds"], "birds: no such folder"), (["--weights", "nowhere.pth"], "nowhere.pth: .*vitb14_reg4"),
+    (["--resume"], "last.pt is not there"), (["--lr", "nan"], "--lr nan: expected"),
+    (["--device", "gpu"], "invalid choice"), (["--method", "vpt"], "expected ivpt, vpt-deep"),
+    (["--prototype", "3"], "--help")])
 def test_bad_options_are_one_line(arguments, says, birds, tmp_path):
     with one_line((ValueError, OSError), says):
         train.train(tiny_run(birds, tmp_path / "run", *arguments))
@@ -1614,9 +1628,8 @@ def test_core_files_import_without_posix_modules_and_triton():
            "for name in ('resource', 'fcntl', 'triton'): sys.modules[name] = None\n"
            "import torch, train, evaluate, data, kernels\n"
            "inputs = torch.randn(2, 7, 8), torch.randn(3, 8), torch.zeros(3, 7)\n"
-           "found = kernels.prototype_attention(*inputs)\n"
-           "expected = kernels.prototype_attention_reference(*inputs)\n"
-           "assert kernels.triton is None and all(map(torch.equal, found, expected))")
+           "maps, _, _ = kernels.prototype_attention(*inputs)\n"
+           "assert kernels.triton is None and torch.allclose(maps.sum(1), torch.ones(2, 7))")
 
 
 TWO_PROCESSES = """import sys
@@ -1630,8 +1643,8 @@ train.main()
 
 
 def test_two_processes_train_and_evaluate_like_one(birds, tmp_path):
-    """torchrun over gloo. Without the two losses that see their own process's images only, the
-    gradient equals one process's; rank 0 alone writes; the metrics equal one process's."""
+    """torchrun over gloo. Presence is left out, the affine map and the grouping are fixed: then the
+    gradient equals one process's. Rank 0 alone writes; the metrics equal one process's."""
     run, alone, runner = tmp_path / "run", tmp_path / "alone", tmp_path / "run.py"
     root = shutil.copytree(birds, tmp_path / "birds")
     split = root / "CUB_200_2011" / "train_test_split.txt"

@@ -2,9 +2,9 @@
 
     python explore/diagnose.py --ckpt runs/cub/last.pt
 
-Prints for every layer: the mean length of patches and of prototypes, how far prototypes moved from
-their start as noise, the median gap between the two largest log shares of a patch, how many concepts
-win a patch of an image, and the size of the bias.
+Prints for every layer: the mean length of patches (without prompts) and of prototypes, how far
+prototypes are from this seed's noise (their start, unless --start kmeans), the median gap between the
+two largest log shares of a patch, how many concepts win a patch of an image, the size of the bias.
 """
 import sys
 from pathlib import Path
@@ -18,12 +18,14 @@ import model as ivpt
 
 
 def patch_lengths(model, images):
-    """Mean length of the unprompted patches that each concept layer would see."""
+    """Mean length of patches as each concept layer meets them, here without prompts."""
+    lengths = []
     tokens = model.unprompted(images)
-    lengths = [model.normed_patches(tokens).norm(dim=2).mean()]
-    for block in model.backbone.blocks[model.num_unprompted:]:
+    blocks = [*model.backbone.blocks[model.num_unprompted:], torch.nn.Identity()]
+    for concept, block in zip(model.concepts, blocks):
+        patches = concept.prepare(model.normed_patches(tokens))  # (B, N, D)
+        lengths.append(patches.norm(dim=2).mean())
         tokens = block(tokens)
-        lengths.append(model.normed_patches(tokens).norm(dim=2).mean())
     return lengths
 
 
@@ -31,15 +33,19 @@ def patch_lengths(model, images):
 def main():
     parser = data.one_line_parser(description=__doc__.split("\n")[0])
     parser.add_argument("--ckpt", required=True, help="last.pt of a run of --method ivpt")
-    parser.add_argument("--images", type=int, default=40, help="test images to look at")
+    parser.add_argument("--images", type=int, default=40, help="how many images to look at")
     args = parser.parse_args()
     model, run = ivpt.load_checkpoint(args.ckpt)
     options = run["options"]
+    if not isinstance(model, ivpt.IVPT):
+        raise ValueError(f"--ckpt {args.ckpt}: --method {options['method']} has no concept layers")
     torch.manual_seed(options["seed"])
     start = ivpt.build(options, len(run["classes"])).concepts  # as they began under --start noise
     folder = data.find(options["data"], options["data_root"])
-    dataset = data.Images(folder, "test", "box", options["image_size"])
-    chosen = range(0, len(dataset), max(1, len(dataset) // args.images))
+    split = "val" if options["validate"] else "test"
+    dataset = data.Images(folder, split, "box", options["image_size"])
+    count = max(1, min(args.images, len(dataset)))
+    chosen = torch.linspace(0, len(dataset) - 1, count).long().tolist()
     images = torch.stack([dataset[i][0] for i in chosen])
     attention = model(images).attention
 
@@ -48,7 +54,7 @@ def main():
         concept = model.concepts[l]
         moved = concept.prototypes - start[l].prototypes
         A = attention[l]  # (B, K, h, w)
-        largest = A.clamp(min=1e-12).log().topk(2, dim=1).values  # (B, 2, h, w)
+        largest = A.log().topk(2, dim=1).values  # (B, 2, h, w)
         gap = (largest[:, 0] - largest[:, 1]).median()
         winner = A.argmax(1).flatten(1)  # (B, N)
         num_concepts = 0.0  # that win a patch of an image, on average

@@ -91,6 +91,8 @@ def explain_files(model, paths, checkpoint, amp, out):
             files += sorted(file for file in path.iterdir() if is_image_file(file.name))
         else:
             files.append(path)
+    if not files:
+        raise ValueError(f"{', '.join(map(str, paths))}: no image there")
     out.mkdir(parents=True, exist_ok=True)
     for number, file in enumerate(files, start=1):
         image = data.read_image(file, upright=True)

@@ -3,9 +3,10 @@
     python evaluate.py --ckpt runs/cub/last.pt --visualize pictures  # open pictures/index.html
     python explore/gallery.py --ckpt runs/cub/last.pt --strip regions.jpg --images 1 2 3
 
-Maps are upsampled to the image before the argmax, so regions have smooth borders. Colours mean the
-same in all layers: a coarse concept, of the last layer, has a hue; a fine concept is a shade of the
-coarse concept that it joins most (Output.groups). Background is pale.
+In the rows, maps are upsampled to the image before the argmax, so regions have smooth borders.
+A card shows where the upsampled margin of its concept is above 0. Colours mean the same in all layers:
+a coarse concept, of the last layer, has a hue; a fine concept is a shade of the coarse concept that it
+joins most (Output.groups). Background is pale.
 """
 import colorsys
 import html
@@ -320,8 +321,9 @@ def main(argv=None):
         raise ValueError(f"--images {args.images}: expected numbers from 0 to {len(images) - 1}")
     gallery = Gallery(model, images, args.images)
     amp = checkpoint["options"]["amp"]
-    for batch, _, _, indices in tqdm(DataLoader(images, 32), leave=False, disable=None):
-        gallery.add(evaluate.forward(model, batch, amp=amp), indices)  # all images, for the groups
+    for batch, labels, _, indices in tqdm(DataLoader(images, 32), leave=False, disable=None):
+        output = evaluate.forward(model, batch, labels, amp)
+        gallery.add(output, indices)  # all images, for the groups
     gallery.strip(args.images).save(args.strip, quality=88)
 
 

@@ -2,6 +2,7 @@
 import colorsys
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import evaluate
 import model as ivpt
-from explore import explain, gallery
+import train
+from explore import bench, diagnose, explain, gallery
+from prepare import toy_birds
 
 
 class FakeImages(torch.utils.data.Dataset):
@@ -32,7 +35,8 @@ class FakeImages(torch.utils.data.Dataset):
 
 
 class FakeModel(torch.nn.Module):
-    """Concept k wins the rows of patches 2 k and 2 k + 1; maps and classes depend on the image."""
+    """In the first layer concept k wins the rows of patches 2 k and 2 k + 1. All images get the same
+    class."""
     grid, prototypes, num_classes, class_specific, grouped = (8, 8), (4, 3), 2, False, True
 
     def __init__(self):
@@ -176,9 +180,39 @@ def test_the_scripts(tmp_path, monkeypatch, capsys):
     explain.main([*ckpt, str(birds), str(birds / "a.png")])
     drawn = sorted(file.name for file in (tmp_path / "run" / "explained").iterdir())
     assert drawn == ["1_a.png", "2_b.png", "3_a.png"] and len(list(birds.iterdir())) == 3
+    capsys.readouterr()  # forget what explain.main printed
     evaluate.main([*ckpt, "--image", str(birds / "b.png")])
     assert "-0.50  concept 2" in capsys.readouterr().out
     gallery.main([*ckpt, "--strip", str(tmp_path / "strip.jpg"), "--images", "3", "7"])
     assert Image.open(tmp_path / "strip.jpg").size == (3 * 61 + 5, 2 * 61 + 5)
     with pytest.raises(ValueError, match="expected numbers from 0 to 11"):
         gallery.main([*ckpt, "--strip", str(tmp_path / "strip.jpg"), "--images", "12"])
+
+
+def test_bench_prints_a_table(monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(bench, "WARM_UP", 0)
+    monkeypatch.setattr(bench, "ROUNDS", 1)
+    options = ["--image-size", "56", "--batch-size", "2", "--device", "cpu", "--no-amp"]
+    monkeypatch.setattr(sys, "argv", ["bench.py", *options])
+    bench.main()
+    header, _, row = capsys.readouterr().out.splitlines()
+    assert header.count("|") == row.count("|") and "| toy |" in row
+
+
+def test_diagnose_prints_a_line_for_each_layer(tmp_path, monkeypatch, capsys):
+    toy_birds.draw(tmp_path / "birds", num_train=1, num_test=1)
+    args = train.parse(["--data", str(tmp_path / "birds"), "--weights", "toy", "--image-size", "56",
+                        "--distance", "scaled", "--device", "cpu"])
+    torch.manual_seed(args.seed)  # as in train.py
+    model = ivpt.build(asdict(args), num_classes=10)
+    ckpt = tmp_path / "last.pt"
+    ivpt.save(ckpt, dict(options=asdict(args), classes=list(toy_birds.SPECIES), epoch=1,
+                         model=ivpt.trained_state(model), fingerprint=ivpt.fingerprint(model)))
+    monkeypatch.setattr(sys, "argv", ["diagnose.py", "--ckpt", str(ckpt), "--images", "3"])
+    diagnose.main()
+    header, *layers = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in layers] == ["1", "2", "3", "4", "5"]
+    for line in layers:
+        assert float(line[1]) == pytest.approx(128 ** 0.5, abs=0.1)  # scaled: length sqrt(D)
+        assert float(line[3]) == 0  # prototypes have not moved yet
