@@ -124,7 +124,7 @@ def fill_blanks(args):
         from baselines import METHODS
         if args.method not in METHODS:
             raise ValueError(f"--method {args.method}: expected ivpt, {', '.join(METHODS)}")
-        defaults |= METHODS[args.method].rates
+        defaults |= METHODS[args.method].rates | dict(start="noise")
         defaults["out"] += f"_{args.method}"
     if (args.weights or preset["weights"]) == "toy":
         defaults["tune"] = "all"  # the toy ViT is young: it learns along

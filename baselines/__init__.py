@@ -2,15 +2,17 @@
 
 A method is an nn.Module with
 
+    __init__(backbone, num_classes, tune)     a subclass of IVPT: the arguments of IVPT
     rates                                     default learning rates, by option name
     class_specific                            whether every class has prototypes of its own
-    forward(images) -> model.Output           its docstring says what differs from IVPT's
+    forward(images) -> model.Output           class_specific: forward(images, labels=None)
     losses(images, labels)                    -> (dict of losses without their sum, logits)
     parameter_groups(args)                    -> Adam's groups, with the rates of batch size 16
     set_epoch(epoch, epochs)                  where it has stages: called before every epoch
     after_epoch(epoch, epochs, dataset)       and after it; dataset: training images, test view
 
-backbone, grid, num_classes and prototypes are attributes, as in IVPT. A subclass of IVPT has no
+backbone and grid are attributes, as in IVPT. So is prototypes: of each map that is shown, the number
+of channels, background last. A subclass of IVPT has no
 losses of its own: train.ivpt_losses serves it. To add a method, write its class and name it in
 METHODS.
 """

@@ -20,14 +20,14 @@ from model import Output, to_float32, tune_backbone
 
 def cluster(d2, labels):
     """Clst: every image has a patch near a prototype of its class. Mean smallest distance."""
-    own = d2[torch.arange(len(d2)), :, labels]  # (B, N, m)
-    return own.amin((1, 2)).mean()
+    own_d2 = d2[torch.arange(len(d2), device=d2.device), :, labels]  # (B, N, m)
+    return own_d2.amin((1, 2)).mean()
 
 
 def separation(d2, labels):
-    """Sep: and none near those of other classes. Minus the mean smallest distance."""
-    own = F.one_hot(labels, d2.shape[2]).bool()[:, :, None]  # (B, C, 1)
-    others = d2.amin(1).masked_fill(own, math.inf)  # (B, C, m)
+    """Sep: no patch is near a prototype of another class. Minus the mean smallest distance."""
+    is_own = F.one_hot(labels, d2.shape[2]).bool()[:, :, None]  # (B, C, 1)
+    others = d2.amin(1).masked_fill(is_own, math.inf)  # (B, C, m)
     return -others.amin((1, 2)).mean()
 
 
@@ -37,7 +37,7 @@ def alignment(z, shallow, d2, labels, slack=0.1):
     Where a prototype of the class matches best, the patch should resemble the other patches as
     much as it does in the early block: mean excess of |difference of cosines| over the slack.
     """
-    peaks = d2[torch.arange(len(d2)), :, labels].argmin(1)  # (B, m)
+    peaks = d2[torch.arange(len(d2), device=d2.device), :, labels].argmin(1)  # (B, m)
     difference = peak_cosines(z, peaks) - peak_cosines(shallow, peaks)
     return F.relu(difference.abs() - slack).mean()
 
@@ -50,26 +50,23 @@ def peak_cosines(e, peaks):
         return at_peaks @ e.transpose(1, 2)
 
 
-# ---------------------------------------------------------------- ProtoPNet
+# ---------------------------------------------------------------- what both methods share
 
-class ProtoPNet(nn.Module):
-    """ProtoPNet: an image is of a class because its patches look like that class's prototypes.
+class ClassPrototypes(nn.Module):
+    """An image is of a class because its patches look like that class's prototypes.
 
-        z = sigmoid(W2 relu(W1 e)) of a patch e,   d2 = |z - p_j|^2
+        z = sigmoid(A2 relu(A1 e)) of a patch e,   d2 = |z - p_j|^2
         score_j = max over patches of log((d2 + 1) / (d2 + 1e-4)),   logits = W score
 
-    W is 1 to the prototype's own class and -1/2 to others. There are two stages:
-        1. Add-on layers and prototypes learn: cross entropy + 0.8 Clst + 0.08 Sep (section 2.2).
-        Then every prototype is projected onto the nearest patch of its class's training images.
-        2. W alone learns: cross entropy + 1e-4 L1 of what prototypes say of other classes.
+    W is 1 to the prototype's own class and -1/2 to others.
 
-    Footnote: the original also trains its backbone, and starts the add-on layers otherwise.
+    The maps shown are those of the image's own class, so concept j is another one in every class.
+    Output.attention holds similarities, not shares; the background map is 0 and wins no patch.
 
-    As in Huang et al., the maps shown are those of the image's own class, so concept j is another
-    one in every class. There is no background, and Output.attention holds similarities, not shares.
+    On a frozen ViT both methods are undertrained at these settings (docs/results.md): the figures
+    describe a setting, not the methods.
     """
 
-    rates = dict(lr=1e-2, lr_prototypes=3e-3)  # the authors', except that of the last layer
     class_specific = True
 
     def __init__(self, backbone, num_classes, per_class=10, width=128, tune="none"):
@@ -80,7 +77,7 @@ class ProtoPNet(nn.Module):
         self.grid = backbone.grid
         self.num_classes = num_classes
         self.per_class = per_class
-        self.prototypes = (per_class + 1,)  # counts, as in IVPT: read() appends a background
+        self.prototypes = (per_class + 1,)  # how many; they themselves are in vectors
         self.last_only = False
         self.add_on = nn.Sequential(
             nn.Linear(backbone.width, width), nn.ReLU(),
@@ -160,31 +157,46 @@ class ProtoPNet(nn.Module):
         }
 
     def parameter_groups(self, args):
+        backbone_rate = args.lr_backbone if self.tune == "all" else args.lr_prototypes
         return [
             dict(params=[self.last], lr=args.lr),
             dict(params=[*self.add_on.parameters(), self.vectors], lr=args.lr_prototypes),
-            dict(params=self.backbone.parameters(), lr=args.lr_backbone),  # frozen unless tuned
+            dict(params=self.backbone.parameters(), lr=backbone_rate),  # frozen unless tuned
         ]
 
-    def first_last_epoch(self, epochs):
-        """The epoch in which the last stage begins: five before the end, or half of a short run."""
+
+# ---------------------------------------------------------------- ProtoPNet
+
+class ProtoPNet(ClassPrototypes):
+    """ProtoPNet, in two stages.
+
+        1. Add-on layers and prototypes learn: cross entropy + 0.8 Clst + 0.08 Sep (section 2.2).
+        Then every prototype is projected onto the nearest patch of its class's training images.
+        2. W alone learns: cross entropy + 1e-4 times the L1 norm of its weights to other classes.
+
+    Footnote: the original also trains its backbone, and starts the add-on layers otherwise.
+    """
+
+    # lr_prototypes is the authors'. lr has fallen to 3e-4 when stage 2 of 25 epochs begins; theirs
+    # is 1e-4.
+    rates = dict(lr=1e-2, lr_prototypes=3e-3)
+
+    def last_stage_begins(self, epochs):
+        """Five epochs before the end, or half of a short run; a single epoch has no last stage."""
         return epochs - min(5, epochs // 2)
 
     def set_epoch(self, epoch, epochs):
-        if epochs < 2:
-            raise ValueError(f"--epochs {epochs}: --method protopnet needs at least 2, "
-                             "the second for its last layer")
-        self.last_only = epoch >= self.first_last_epoch(epochs)
+        self.last_only = epoch >= self.last_stage_begins(epochs)
 
     def after_epoch(self, epoch, epochs, dataset):
-        if epoch + 1 == self.first_last_epoch(epochs):
+        if epoch + 1 == self.last_stage_begins(epochs):
             self.project(dataset)
 
     @torch.no_grad()
     def project(self, dataset):
         """Every prototype becomes the nearest patch of its class's images: one can look at it.
 
-        dataset: the training images in the test view. A prototype without images stays.
+        dataset: the training images in the test view. Prototypes of a class without images stay.
         """
         C, m = self.num_classes, self.per_class
         device = self.vectors.device
@@ -202,15 +214,15 @@ class ProtoPNet(nn.Module):
 
 # ---------------------------------------------------------------- Huang et al.
 
-class Huang(ProtoPNet):
-    """Huang et al. on top of ProtoPNet, without projection and last stage.
+class Huang(ClassPrototypes):
+    """Huang et al.: ProtoPNet's losses and more, without projection and last stage.
 
     Score aggregation: scores count for their own class alone. Their weights are learnt, positive
     and sum to m: W_cj = m softmax_j(w_c). Shallow-deep feature alignment has the weight 0.3.
 
     Footnotes: theirs aligns the last map of a backbone that is trained; ours is frozen, so z is
-    aligned. Their distances are cosines, and they have an orthogonality loss. Their alignment sets
-    in after five epochs, ours at once.
+    aligned. Their scores are cosines with prototypes of unit length; they have an orthogonality
+    loss and weight decay. Their alignment sets in after five epochs, ours at once.
     """
 
     rates = dict(lr=1e-6, lr_prototypes=3e-3)
@@ -226,9 +238,3 @@ class Huang(ProtoPNet):
         losses = super().map_losses(z, shallow, d2, labels)
         losses["alignment"] = 0.3 * alignment(z, shallow, d2, labels)
         return losses
-
-    def set_epoch(self, epoch, epochs):
-        """One stage only."""
-
-    def after_epoch(self, epoch, epochs, dataset):
-        """No projection."""

@@ -31,8 +31,8 @@ class VPTDeep(nn.Module):
 
     These are the paper's equations 7 and 8. Nothing ties a prompt to a region. We show where a
     prompt looks: its attention to the patches, mean over the heads, in the last five blocks. A
-    patch belongs to a prompt that gives it more than an even share, 1 / (T + G), of its attention.
-    That even share stands for the background.
+    patch belongs to the prompt that gives it most attention, if that is more than an even share,
+    1 / (T + G). The even share stands for the background.
 
     The paper searches rate and weight decay with SGD; we train with Adam, as IVPT. At the rate of
     the head, 1e-2, prompts learnt nothing for four epochs, so they learn at that of tuned tokens.
@@ -46,8 +46,8 @@ class VPTDeep(nn.Module):
         tune_backbone(backbone, tune)
         num_blocks = len(backbone.blocks)
         self.backbone = backbone
+        self.tune = tune
         self.grid = backbone.grid
-        self.num_classes = num_classes
         self.prototypes = (num_prompts + 1,) * min(5, num_blocks)  # of the blocks shown
         self.prompts = new_prompts(num_blocks, num_prompts, backbone)
         self.classifier = nn.Linear(backbone.width, num_classes)
@@ -91,10 +91,11 @@ class VPTDeep(nn.Module):
         return {"classification": F.cross_entropy(logits, labels)}, logits
 
     def parameter_groups(self, args):
+        backbone_rate = args.lr_backbone if self.tune == "all" else args.lr_prototypes
         return [
             dict(params=self.classifier.parameters(), lr=args.lr),
             dict(params=[self.prompts], lr=args.lr_prototypes),
-            dict(params=self.backbone.parameters(), lr=args.lr_backbone),  # frozen unless tuned
+            dict(params=self.backbone.parameters(), lr=backbone_rate),  # frozen unless tuned
         ]
 
 

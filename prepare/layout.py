@@ -10,7 +10,7 @@ import data
 
 @contextlib.contextmanager
 def new_folder(target):
-    """Yield an empty folder that becomes `target` at the end: a killed script leaves none half."""
+    """Yield an empty folder that becomes `target` at the end: target is whole or absent."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as parent:

@@ -113,6 +113,8 @@ def read_split(source, split):
 def place_image(source, target, copy):
     """A hard link where the disk allows it, else a symbolic link, else a copy."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():  # writing through a link would change the source
+        raise ValueError(f"{source}: another image has this name; expected {RELEASE}")
     if not copy:
         for link in (os.link, os.symlink):
             try:

@@ -1,10 +1,11 @@
-"""Toy birds: ten made-up species at night, in CUB's layout. They are drawn in 15 seconds.
+"""Toy birds: ten made-up species at night, in CUB's layout. train.py draws them at first use.
 
-    python prepare/toy_birds.py TARGET  # 600 training and 200 test images
+    python prepare/toy_birds.py TARGET  # a copy elsewhere: 600 training and 200 test images
 
 Each part has a hue of its own, so that a small ViT can learn it from 600 images. Each part has
-three looks, which differ in shade, pattern and shape. A look belongs to three or four species, and
-two species differ in five parts or more: no single part gives a species away.
+three looks, which differ in shade; five parts differ in shape or pattern, too. A look belongs to
+three or four species, and two species differ in five parts or more: no single part gives a species
+away.
 """
 import math
 import sys
@@ -24,7 +25,7 @@ def colours(*names):
     return np.array([ImageColor.getrgb(name) for name in names])
 
 
-LOOKS = {  # of each part: names, which the table below uses, and colours
+LOOKS = {  # of each part: names, which SHAPES uses, and colours
     "beak": {"cone": "#f47c18", "needle": "#c36313", "hook": "#ffbb3e"},
     "eye": {"cream": "#f8f8f4", "grey": "#c6c6c3", "white": "#ffffff"},
     "crown": {"crest": "#d62830", "cap": "#ab2026", "tufts": "#ff515b"},
@@ -52,7 +53,7 @@ LENGTH = (0.70, 0.97)  # the longer side of a bird over the side of the image
 TILT = 60  # degrees, either way
 ANGLES = {"head": (-35, 25), "tail": (-45, 80), "wing": (-15, 100), "leg": (-20, 20)}  # degrees
 STRETCH = (0.7, 1.2)  # of tail and legs: so the pose moves the body about in its box
-MAX_LEAVES = 14  # behind a bird
+MAX_LEAVES = 13  # behind a bird
 OCCLUDED = 0.35  # share of birds with two leaves in front
 LIGHT = 0.12  # the brightness varies by so much, either way
 
@@ -224,7 +225,7 @@ def draw_image(species, rng):
     sky = SKY[rng.integers(len(SKY), size=(4, 4))] * rng.uniform(0.95, 1.05, (4, 4, 1))
     image = Image.fromarray(sky.astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)
-    for _ in range(rng.integers(MAX_LEAVES)):
+    for _ in range(rng.integers(MAX_LEAVES + 1)):
         fill(draw, *random_leaf(rng, *rng.uniform(0, side, 2), side))
     if rng.random() < 0.7:  # a perch, between the first toes of both feet
         x, y = (outlines[2][0] + outlines[7][0]) / 2

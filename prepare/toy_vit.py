@@ -14,7 +14,8 @@ from tqdm import tqdm
 def pretrain(backbone, dataset, epochs, device, amp, batch_size=16):
     """Trains all of a VisionTransformer in place. Every process does the same.
 
-    dataset: data.Images in its training view; its seed decides order and augmentation.
+    dataset: data.Images in its training view; its seed decides order and augmentation;
+    the heads start from torch's global generator.
     amp: bf16 autocast.
     """
     D, patch = backbone.width, backbone.patch_size
@@ -24,6 +25,7 @@ def pretrain(backbone, dataset, epochs, device, amp, batch_size=16):
     backbone.requires_grad_(True)
     optimizer = torch.optim.Adam([dict(params=backbone.parameters(), lr=1e-3),
                                   dict(params=heads, lr=3e-3)], fused=True)
+    batch_size = min(batch_size, len(dataset))
     num_steps = epochs * (len(dataset) // batch_size)
 
     def warm_up_then_decay(step):
