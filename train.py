@@ -388,9 +388,10 @@ def train(args):
         lines = log.read_text().splitlines(keepends=True)[:finished] if finished else []
         log.write_text("".join(lines))
         trained = sum(p.numel() for p in parameters)
-        print(f"{args.method}, recipe {args.recipe}: {len(dataset)} training images of "
-              f"{len(dataset.classes)} classes, {trained:,} trained parameters, {device}, "
-              f"{'bf16' if args.amp else 'fp32'}, {world} process(es)", flush=True)
+        precision = "bf16" if args.amp else "fp32"
+        print(f"{args.method}, recipe {args.recipe}: {trained:,} trained parameters, "
+              f"{len(dataset)} images of {len(dataset.classes)} classes")
+        print(f"{device}, {precision}, processes: {world}", flush=True)
 
     # The loop.
     compute_losses = torch.compile(method_losses) if args.compile else method_losses
@@ -436,7 +437,8 @@ def train(args):
             model.after_epoch(epoch, args.epochs, unaugmented)
         line = dict(epoch=epoch + 1)
         for name in history[0] if history else ():
-            line[name] = round(torch.stack([losses[name] for losses in history]).mean().item(), 6)
+            values = torch.stack([losses[name] for losses in history])
+            line[name] = round(values.mean().item(), 6)
         line["lr"] = optimizer.param_groups[0]["lr"]
         line["seconds"] = round(time.time() - began, 2)
         scheduler.step()
@@ -447,10 +449,8 @@ def train(args):
                 options=asdict(args), classes=dataset.classes, images=len(dataset), epoch=epoch + 1,
                 model=ivpt.trained_state(model), fingerprint=fingerprint,
                 optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict()))
-            left = (args.epochs - epoch - 1) * line["seconds"] / 60
-            print(f"epoch {epoch + 1}/{args.epochs}: loss {line.get('loss')}, training accuracy "
-                  f"{line.get('train_accuracy')} %, {line['seconds']} s, {left:.1f} min left",
-                  flush=True)
+            minutes_left = (args.epochs - epoch - 1) * line["seconds"] / 60
+            print(f"{json.dumps(line)} {minutes_left:.1f} minutes left", flush=True)
 
     # The result.
     recipe = {name: getattr(args, name) for name in evaluate.METHOD}

@@ -45,7 +45,8 @@ def alignment(z, shallow, d2, labels, slack=0.1):
 def peak_cosines(e, peaks):
     """Cosines of the patches e (B, N, D) with those at the peaks (B, m): (B, m, N)."""
     e = F.normalize(to_float32(e), dim=2)
-    at_peaks = e.gather(1, peaks[..., None].expand(-1, -1, e.shape[2]))  # (B, m, D)
+    index = peaks[..., None].expand(-1, -1, e.shape[2])
+    at_peaks = e.gather(1, index)  # (B, m, D)
     with torch.autocast(e.device.type, enabled=False):
         return at_peaks @ e.transpose(1, 2)
 

@@ -3,8 +3,8 @@
     python explore/diagnose.py --ckpt runs/cub/last.pt
 
 Prints for every layer: the mean length of patches (without prompts) and of prototypes, how far
-prototypes are from this seed's noise (their start, unless --start kmeans), the median gap between the
-two largest log shares of a patch, how many concepts win a patch of an image, the size of the bias.
+prototypes are from this seed's noise (their start, unless --start kmeans), the median gap between
+the two largest log shares of a patch, how many concepts win a patch of an image, the size of the bias.
 """
 import sys
 from pathlib import Path
@@ -49,21 +49,23 @@ def main():
     images = torch.stack([dataset[i][0] for i in chosen])
     attention = model(images).attention
 
-    print("layer  patch  prototype  moved  log gap  concepts  bias std  bias max")
+    columns = ("layer", "patch", "prototype", "moved", "log gap", "concepts", "bias std", "bias max")
+    print("".join(f"{name:>10}" for name in columns))
     for l, length in enumerate(patch_lengths(model, images)):
         concept = model.concepts[l]
-        moved = concept.prototypes - start[l].prototypes
+        prototypes, bias = concept.prototypes, concept.bias
+        moved = prototypes - start[l].prototypes
         A = attention[l]  # (B, K, h, w)
-        largest = A.log().topk(2, dim=1).values  # (B, 2, h, w)
-        gap = (largest[:, 0] - largest[:, 1]).median()
+        first, second = A.log().topk(2, dim=1).values.unbind(1)
         winner = A.argmax(1).flatten(1)  # (B, N)
         num_concepts = 0.0  # that win a patch of an image, on average
         for k in range(A.shape[1] - 1):
             num_concepts += (winner == k).any(1).float().mean()
-        print(f"{l + 1:5d}  {length:5.1f}", end="")
-        print(f"  {concept.prototypes.norm(dim=1).mean():9.2f}", end="")
-        print(f"  {moved.norm(dim=1).mean():5.2f}  {gap:7.1f}  {num_concepts:8.1f}", end="")
-        print(f"  {concept.bias.std():8.4f}  {concept.bias.abs().max():8.2f}")
+        values = [l + 1, length]
+        values += [prototypes.norm(dim=1).mean(), moved.norm(dim=1).mean()]
+        values += [(first - second).median(), num_concepts]
+        values += [bias.std(), bias.abs().max()]
+        print("".join(f"{float(value):10.4g}" for value in values))
 
 
 if __name__ == "__main__":

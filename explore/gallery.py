@@ -4,9 +4,9 @@
     python explore/gallery.py --ckpt runs/cub/last.pt --strip regions.jpg --images 1 2 3
 
 In the rows, maps are upsampled to the image before the argmax, so regions have smooth borders.
-A card shows where the upsampled margin of its concept is above 0. Colours mean the same in all layers:
-a coarse concept, of the last layer, has a hue; a fine concept is a shade of the coarse concept that it
-joins most (Output.groups). Background is pale.
+A card shows where the upsampled margin of its concept is above 0. Colours mean the same in all
+layers: a coarse concept, of the last layer, has a hue; a fine concept is a shade of the coarse
+concept that it joins most (Output.groups). Background is pale.
 """
 import colorsys
 import html
