@@ -419,7 +419,7 @@ def main(argv=None):
     args = parse(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (args.visualize or args.image):
         raise ValueError("--visualize, --image: one process draws; start this without torchrun")
-    run = Path(args.ckpt).parent
+    run = Path(args.ckpt).expanduser().parent
     model, checkpoint = load_run(args.ckpt, args.weights)
     options = checkpoint["options"]
     amp = options["amp"] if args.amp is None else args.amp
