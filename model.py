@@ -546,15 +546,17 @@ def sample_patches(model, dataset, generator):
 def find_foreground(e, radius2, generator):
     """Patches e (n, D), their radius2 (n) -> bool (n): which are foreground.
 
-    The first principal component tells object from background. Its object end is the one nearer to
-    the middle of the images. We cut it into three clusters and take the last: of two, the last
-    would also hold what lies between. Corners are never foreground: some ViTs treat them specially.
+    A principal component tells object from background: of the first three, the one that follows
+    radius2 most, since objects keep to the middle. We cut it into three clusters and take that of
+    the middle: of two, it would also hold what lies between. Corners are never foreground: some
+    ViTs treat them specially.
     """
     centred = e - e.mean(0)
     eigenvectors = torch.linalg.eigh(centred.T @ centred).eigenvectors  # eigenvalues ascend
-    component = centred @ eigenvectors[:, -1:]  # (n, 1), of arbitrary sign
-    outwards = (component[:, 0] * (radius2 - radius2.mean())).sum()
-    component = component * -torch.sign(outwards)  # now the middle is high
+    components = centred @ eigenvectors[:, -3:]  # (n, 3), of arbitrary sign
+    outwards = (radius2 - radius2.mean()) @ F.normalize(components, dim=0)  # (3,), like correlations
+    best = outwards.abs().argmax()
+    component = components[:, best:best + 1] * -torch.sign(outwards[best])  # the middle is high
     low, middle, high = kmeans(component, 3, generator).flatten().sort().values
     return (component[:, 0] > (middle + high) / 2) & (radius2 <= 1)
 
