@@ -554,7 +554,7 @@ def find_foreground(e, radius2, generator):
     centred = e - e.mean(0)
     eigenvectors = torch.linalg.eigh(centred.T @ centred).eigenvectors  # eigenvalues ascend
     components = centred @ eigenvectors[:, -3:]  # (n, 3), of arbitrary sign
-    outwards = (radius2 - radius2.mean()) @ F.normalize(components, dim=0)  # (3,), like correlations
+    outwards = (radius2 - radius2.mean()) @ F.normalize(components, dim=0)  # (3,), correlations
     best = outwards.abs().argmax()
     component = components[:, best:best + 1] * -torch.sign(outwards[best])  # the middle is high
     low, middle, high = kmeans(component, 3, generator).flatten().sort().values

@@ -435,6 +435,8 @@ def test_foreground_is_what_keeps_to_the_middle_of_the_images():
         e = torch.randn(400, 8, generator=generator)
         e[:, 2] += sign * (bird | corner)
         assert torch.equal(ivpt.find_foreground(e, rims, generator), bird)
+        e[:, 5] += 20 * torch.randn(400, generator=generator).sign()  # the first component, but
+        assert torch.equal(ivpt.find_foreground(e, rims, generator), bird)  # it has no middle
 
 
 def test_prototypes_start_as_centres_of_the_patches_they_will_meet():

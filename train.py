@@ -1,7 +1,7 @@
 """Train IVPT: the recipes, the eight losses and one visible loop (arXiv 2503.06084).
 
     python train.py                                  # drawn birds: no download, minutes on a laptop
-    python train.py --data cub                       # the paper's run: CUB, DINOv2-B/14 reg4, 518 px
+    python train.py --data cub                       # the paper's run: DINOv2-B/14 reg4, 518 px
     python train.py --data FOLDER --image-size 224   # FOLDER/train/CLASS/IMAGE, FOLDER/test/...
     torchrun --nproc_per_node=4 train.py --data cub  # the same batch, spread over four GPUs
 
@@ -34,7 +34,7 @@ import model as ivpt
 
 # ------------------------------------------------------------------------------ recipes and presets
 # The paper's text and the authors' program differ in the bias, the fusion head and what is trained.
-# lr_bias is ours: at the paper's 2e-4 a bias after the softmax makes the map the same in all images.
+# lr_bias is ours: at the paper's 2e-4 a bias after the softmax makes all images' maps the same.
 PAPER = dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5, start="noise",
              distance="euclidean")
 RELEASED = PAPER | dict(bias="inside", fusion="linear", tune="tokens", lr_bias=2e-4)
@@ -150,7 +150,7 @@ def has_bf16(device):
 
 
 # ------------------------------------------------------------------------------------ the losses
-# A is a smoothed attention map (B, K, h, w), the background last. Every loss is a scalar and weighs 1.
+# A is a smoothed attention map (B, K, h, w), the background last. Every loss is a scalar; weight 1.
 def classification(logits, labels):
     """Cross entropy of the mean over concepts of their class scores. logits (B, C), labels (B,)."""
     return F.cross_entropy(logits, labels)

@@ -11,8 +11,8 @@ A method is an nn.Module with
     set_epoch(epoch, epochs)                  where it has stages: called before every epoch
     after_epoch(epoch, epochs, dataset)       and after it; dataset: training images, test view
 
-backbone and grid are attributes, as in IVPT. So is prototypes: of each map that is shown, the number
-of channels, background last. A subclass of IVPT has no
+backbone and grid are attributes, as in IVPT. So is prototypes: of each map that is shown, the
+number of channels, background last. A subclass of IVPT has no
 losses of its own: train.ivpt_losses serves it. To add a method, write its class and name it in
 METHODS.
 """

@@ -4,7 +4,7 @@
 
 Prints for every layer: the mean length of patches (without prompts) and of prototypes, how far
 prototypes are from this seed's noise (their start, unless --start kmeans), the median gap between
-the two largest log shares of a patch, how many concepts win a patch of an image, the size of the bias.
+the two largest log shares of a patch, how many concepts win a patch of an image, the bias.
 """
 import sys
 from pathlib import Path
