@@ -1,24 +1,29 @@
 """The images of IVPT (ICLR 2026, arXiv 2503.06084): CUB-200-2011, drawn birds, or your own.
 
     python data.py --data cub --data-root DIR   # find CUB in DIR, or download it there (1.1 GB)
-    python data.py --data FOLDER                # print what is in a folder
+    python data.py --data FOLDER                # print what is in a folder and what is skipped
 
 Your folder needs no lists if it has a folder for each class: train/CLASS/IMAGE and test/CLASS/IMAGE
 (or val/CLASS/IMAGE). With boxes or parts it has CUB's layout, which read_cub describes. The scripts
 in prepare/ convert other data sets to it.
 """
 import argparse
+import functools
 import math
 import os
+import re
 import sys
 from collections import Counter
 from pathlib import Path
+
+if sys.version_info < (3, 11):
+    print("error: IVPT needs Python 3.11 or newer, found", sys.version.split()[0], file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as T
@@ -30,6 +35,8 @@ CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 CUB_MD5 = "97eceeb196236b17998738112f37df78"
 CUB_LISTS = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
 WHOLE_IMAGE = (0, 0, np.inf, np.inf)  # the box of an image that has none: x, y, width, height
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
+            if Image.MIME.get(kind, "").startswith("image/")}  # that this Pillow can read
 
 
 # ---- 1. Where the data is ------------------------------------------------------------------------
@@ -47,8 +54,7 @@ def find(data, data_root=None):
             raise FileNotFoundError(f"--data toy: {error}; it needs the folder prepare/") from None
         folder = root / toy_birds.FOLDER
     elif data == "cub":
-        is_cub = (root / CUB_LISTS[0]).is_file()
-        folder = root if is_cub else root / "CUB_200_2011"
+        folder = root / "CUB_200_2011" if missing_lists(root) else root
     else:
         folder = Path(data_root or "").expanduser() / Path(data).expanduser()
         if not folder.is_dir():
@@ -73,6 +79,11 @@ def download_cub(root):
 
 
 # ---- 2. The two layouts --------------------------------------------------------------------------
+def missing_lists(folder):
+    """What CUB's layout needs and the folder lacks. Other files do not count."""
+    return [name for name in CUB_LISTS if not (folder / name).is_file()]
+
+
 def read_folder(folder):
     """What a folder holds, without opening an image.
 
@@ -80,7 +91,7 @@ def read_folder(folder):
     whether they are for training, boxes (n, 4) of x, y, width, height, and key points (n, M, 3) of
     x, y, visible. Boxes and key points are in pixels of the file.
     """
-    missing = [name for name in CUB_LISTS if not (folder / name).is_file()]
+    missing = missing_lists(folder)
     if not missing:
         return read_cub(folder)
     if (folder / "train").is_dir():
@@ -131,7 +142,8 @@ def read_list(path, columns):
     """The rows of a list, split into fields; the last may contain spaces. None without the file."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    # Names may be in another encoding, if files are called so. Windows may put a mark in front.
+    lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     rows = [line.strip().split(maxsplit=columns - 1) for line in lines if line.strip()]
     for row in rows:
         if len(row) != columns:
@@ -141,22 +153,54 @@ def read_list(path, columns):
 
 def read_class_folders(folder):
     """train/CLASS/IMAGE and test/CLASS/IMAGE, or val/CLASS/IMAGE. test/ may lack classes."""
-    test = folder / "test"
-    if not any(path.is_dir() for path in test.glob("*")):
-        test = folder / "val"
-    classes, class_to_label = find_classes(folder / "train")
-    for name in find_classes(test)[0]:
-        if name not in classes:
+    train_files, train_names = class_images(folder / "train")
+    for test in (folder / "test", folder / "val"):
+        test_files, test_names = class_images(test)
+        if set(test_names) & set(train_names):
+            break
+    else:
+        raise FileNotFoundError(f"{folder}: no class has images in train/ and in test/ or val/")
+    classes = sorted(set(train_names))
+    label_of = {name: label for label, name in enumerate(classes)}
+    for name in test_names:
+        if name not in label_of:
             raise ValueError(f"{test / name}: there is no such class in train/")
-    train_samples = make_dataset(folder / "train", class_to_label, IMG_EXTENSIONS)
-    test_samples = make_dataset(test, class_to_label, IMG_EXTENSIONS, allow_empty=True)
-    samples = train_samples + test_samples
-    files = [Path(file) for file, _ in samples]
-    labels = [label for _, label in samples]
-    for_training = [True] * len(train_samples) + [False] * len(test_samples)
+    files = train_files + test_files
+    labels = [label_of[name] for name in train_names + test_names]
+    for_training = [True] * len(train_files) + [False] * len(test_files)
     boxes = np.tile(WHOLE_IMAGE, (len(files), 1))
     keypoints = np.zeros((len(files), 0, 3))
     return classes, [], files, labels, for_training, boxes, keypoints
+
+
+def class_images(folder):
+    """All images below folder/CLASS/, and the class of each. Prints what else there is."""
+    files, class_names, skipped = [], [], Counter()
+    for place, _, names in sorted(os.walk(folder, followlinks=True)):
+        for name in sorted(names):
+            file = Path(place, name)
+            parts = file.relative_to(folder).parts  # CLASS, perhaps more folders, the file's name
+            if any(part[0] in ".@" for part in parts):  # of operating systems and tools
+                skipped["hidden"] += 1
+            elif file.suffix.lower() not in SUFFIXES:
+                skipped[f"with suffix {file.suffix!r}"] += 1
+            elif not file.is_file():
+                skipped["broken link"] += 1
+            elif len(parts) == 1:
+                skipped["in no class folder"] += 1
+            else:
+                files.append(file)
+                class_names.append(parts[0])
+    class_folders = {path.name for path in folder.glob("*/")}
+    for name in sorted(class_folders - set(class_names)):
+        skipped[f"class without images ({name!r})"] += 1
+    if skipped and os.environ.get("RANK", "0") == "0":
+        kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.items())
+        print_once(f"{folder}: skipped {kinds}")
+    return files, class_names
+
+
+print_once = functools.cache(print)  # a folder is read more than once in a run
 
 
 # ---- 3. From a file to a tensor ------------------------------------------------------------------
@@ -170,16 +214,21 @@ def read_image(path, upright=False):
         with Image.open(path) as file:
             file.load()  # some formats know size and mode only now
             image = ImageOps.exif_transpose(file) if upright else file
-            if image.mode == "F":
-                raise ValueError("its pixels are floats; expected 8 or 16 bits")
-            if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
-                values = np.asarray(image) / 256
-                image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+            if image.mode.startswith(("I", "F")):  # convert() would clip at 255
+                values = np.asarray(image)
+                low, high = values.min(), values.max()
+                if image.mode == "F" or low < 0 or high > 65535:
+                    found = f"its pixels are {values.dtype} from {low:g} to {high:g}"
+                    raise ValueError(f"{found}; expected 8 or 16 bits")
+                if high > 255:
+                    values = values / 256
+                image = Image.fromarray(values.astype(np.uint8))
             if image.has_transparency_data:
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, RuntimeError,  # RuntimeError: AVIF
+            Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image ({error})") from None
 
 
@@ -235,7 +284,9 @@ class Images(torch.utils.data.Dataset):
         self.epoch = 0  # train.py counts it up: the augmentation depends on it
 
         found = read_folder(self.folder)
-        self.classes, self.parts, files, labels, for_training, boxes, keypoints = found
+        classes, parts, files, labels, for_training, boxes, keypoints = found
+        self.classes = [name.encode(errors="replace").decode() for name in classes]  # printable
+        self.parts = [name.encode(errors="replace").decode() for name in parts]
         rows = [row for row, train in enumerate(for_training) if train == (split != "test")]
         if split == "val":
             rows = rows[3::4]
@@ -337,8 +388,14 @@ def one_line_parser(**kwargs):
     return parser
 
 
+# What torch and multiprocessing say without enough /dev/shm. An OSError that names no file comes
+# from a semaphore: /dev/shm is missing or cannot be written.
+LOADER_FAILED = r"</torch_|DataLoader worker .*(killed|exited)|^\[Errno (2|13|30|38)\] [^:]*$"
+
+
 def run_script(main):
     """Call main(). A user's mistake is one line on stderr and exit code 2, not a traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # any name can be printed
     try:
         return main()
     except KeyboardInterrupt:
@@ -348,10 +405,14 @@ def run_script(main):
         line = f"{error}; take the whole repository"
     except torch.OutOfMemoryError as error:
         line = f"{str(error).splitlines()[0]} Try a smaller --batch-size or --image-size."
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         # From a worker of a DataLoader, the text is a traceback: its last line is the message.
         line = str(error).strip().split("\n")[-1]
         line = line.removeprefix(f"{type(error).__name__}: ")
+        if re.search(LOADER_FAILED, line):
+            line += "; loader processes need /dev/shm: try docker run --shm-size=8g or --workers 0"
+        elif isinstance(error, RuntimeError):
+            raise
     print(f"error: {line}", file=sys.stderr)
     sys.exit(2)
 
@@ -369,11 +430,6 @@ def main():
         num_boxes = int(images.boxes[:, 2].isfinite().sum())
         print(f"{split}: {len(images)} images of {num_classes} classes, {num_boxes} with a box")
     print(f"parts: {', '.join(images.parts) or 'none, so no consistency and no stability'}")
-    for name in ("train", "val", "test"):  # folders of classes
-        suffixes = Counter(path.suffix for path in (folder / name).rglob("*") if path.is_file())
-        for suffix, count in suffixes.items():
-            if suffix.lower() not in IMG_EXTENSIONS:
-                print(f"{name}: {count} files skipped, suffix {suffix or 'none'}")
 
 
 if __name__ == "__main__":

@@ -825,9 +825,9 @@ def test_data_reads_any_subset_in_cubs_layout(tmp_path):
 
 def test_data_reads_a_folder_of_classes(tmp_path, monkeypatch, capsys):
     folder, turned = write_classes(tmp_path), Image.Exif()
-    write(folder / "test/0.jpg")  # test/ has no class folders, as ImageNet's: val/ is taken
-    write(folder / "train/ant/notes.txt")
-    write(folder / "classes.txt")  # does not make it a CUB folder
+    write(folder / "test/unknown/0.jpg")  # test/ has no folder of a class: val/ is taken
+    for name in ("classes.txt", "images.txt", "train.json"):  # do not make it a CUB folder
+        write(folder / name, "stray")
     turned[0x0112] = 6  # by 90 degrees
     Image.new("RGB", (50, 20)).save(folder / "val/zebra 1/photo.jpeg", exif=turned)
     training, test = (data.Images(folder, split, "test", 32) for split in ("train", "test"))
@@ -838,8 +838,43 @@ def test_data_reads_a_folder_of_classes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["data.py", "--data", str(folder)])
     data.main()
     out = capsys.readouterr().out
-    assert f"{folder}\ntrain: 4 images of 2 classes, 0 with a box" in out
-    assert "train: 1 files skipped, suffix .txt" in out
+    assert f"{folder}\ntrain: 4 images of 2 classes, 0 with a box" in out and "skipped" not in out
+
+
+def test_data_counts_and_names_once_what_it_skips_in_a_folder_of_classes(tmp_path, capsys):
+    folder = write_classes(tmp_path)
+    ant = folder / "train/ant"
+    for name in ("3.heic", "4.jpg ", "._0.jpg", ".ipynb_checkpoints/0.jpg", "../@eaDir/0.jpg",
+                 "../loose.jpg", "../gnu/notes"):
+        write(ant / name)
+    (ant / "5.jpg").symlink_to("nowhere.jpg")
+    (ant / "more").mkdir()
+    (ant / "1.PNG").rename(ant / "more/1.JFIF")  # is read, as Pillow can
+    for split, count in (("train", 4), ("test", 2)):
+        dataset = data.Images(folder, split, "test", 32)
+        assert dataset.classes == ["ant", "zebra 1"] and len(dataset) == count
+    assert capsys.readouterr().out == (
+        f"{folder}/train: skipped 1 in no class folder, 3 hidden, 1 with suffix '.heic', 1 with "
+        "suffix '.jpg ', 1 broken link, 1 with suffix '', 1 class without images ('@eaDir'), "
+        "1 class without images ('gnu')\n")
+
+
+def test_data_names_that_are_not_utf_8_reach_the_end_of_a_run(tmp_path):
+    """Names of files stay bytes; names of classes can be printed and saved."""
+    name = os.fsdecode(b"v\xf6gel")
+    classes = write_classes(tmp_path / "classes")
+    (classes / "train/ant/0.jpg").rename(classes / "train/ant" / f"{name}.jpg")
+    (classes / "train/ant").rename(classes / "train" / name)
+    cub = write_cub(tmp_path / "cub")
+    (cub / "images/000.Class 0").rename(cub / "images" / name)
+    for file in ("images.txt", "classes.txt"):
+        text = (cub / file).read_text().replace("000.Class 0", name)
+        (cub / file).write_text("\ufeff" + text, errors="surrogateescape")  # a mark of Windows
+    for folder in (classes, cub):
+        dataset = data.Images(folder, "train", "test", 28)
+        assert "v?gel" in dataset.classes and dataset[0][0].shape == (3, 28, 28)
+    code = f"import data; data.run_script(lambda: print({name!r}))"
+    assert script("-c", code).stdout == "v\\udcf6gel\n"
 
 
 @pytest.mark.parametrize("damage, words", [
@@ -848,7 +883,8 @@ def test_data_reads_a_folder_of_classes(tmp_path, monkeypatch, capsys):
     (lambda f: write(f / "bounding_boxes.txt", "17 1 2 3"), "bounding_boxes.txt: expected 5"),
     (lambda f: write(f / "image_class_labels.txt", "17 4", "14 3", "11 3", "8 3"), "'4'"),
     (lambda f: write(f / "train_test_split.txt", "17 0", "14 0", "11 0", "8 0"), "no image for"),
-    (lambda f: [shutil.rmtree(f), write_classes(f), (f / "val/gnu").mkdir()], "val/gnu"),
+    (lambda f: [shutil.rmtree(f), write_classes(f), write(f / "val/gnu/0.jpg")], "val/gnu"),
+    (lambda f: [shutil.rmtree(f), write(f / "train/gnu/0.jpg")], "no class has images in train/"),
 ])
 def test_data_a_damaged_folder_is_one_line(tmp_path, damage, words):
     folder = write_cub(tmp_path / "CUB_200_2011")
@@ -869,6 +905,7 @@ def test_data_find_takes_cub_where_it_is_and_downloads_it_where_not(tmp_path, mo
     with monkeypatch.context() as patch, one_line(FileNotFoundError, "before torchrun"):
         patch.setenv("WORLD_SIZE", "2")
         data.find("cub", tmp_path)
+    write(tmp_path / "images.txt", "a stray file")
     folder = data.find("cub", tmp_path)
     assert folder == tmp_path / "CUB_200_2011" == data.find("cub", folder)
     with one_line(FileNotFoundError, "--data cap: no such folder"):
@@ -931,11 +968,13 @@ def test_data_toy_without_prepare_is_one_line(tmp_path, monkeypatch):
         data.find("toy", tmp_path)
 
 
-@pytest.mark.parametrize("mode", ["L", "CMYK", "LA", "P", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "CMYK", "LA", "P", "I;16", "I"])
 def test_data_every_kind_of_image_becomes_rgb(tmp_path, mode):
     ramp = np.linspace(0, 255, 40).astype(np.uint8)[None].repeat(30, 0)
     if mode == "I;16":
         image = Image.fromarray(ramp.astype(np.uint16) * 257)
+    elif mode == "I":
+        image = Image.fromarray(ramp.astype(np.int32))  # 32 bits that hold 0 to 255
     else:
         image = Image.fromarray(ramp).convert(mode)
     image.save(tmp_path / "x.tif")
@@ -944,6 +983,24 @@ def test_data_every_kind_of_image_becomes_rgb(tmp_path, mode):
     assert np.abs(np.asarray(read).astype(int) - ramp[..., None]).max() <= 1
     Image.new("RGBA", (4, 6), (9, 9, 9, 0)).save(tmp_path / "clear.png")
     assert data.read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("values, words", [
+    (np.array([[0.5, np.nan]], np.float32), "float32 from nan to nan; expected 8 or 16 bits"),
+    (np.array([[-1, 9]], np.int32), "int32 from -1 to 9"),
+    (np.array([[0, 1 << 16]], np.int32), "int32 from 0 to 65536")])
+def test_data_pixels_of_unknown_scale_are_refused(tmp_path, values, words):
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    with one_line(ValueError, "x.tif", words):
+        data.read_image(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("error", [MemoryError, AttributeError, TypeError])
+def test_data_a_fault_of_ours_is_not_blamed_on_the_image(tmp_path, error, monkeypatch):
+    Image.new("RGB", (4, 6)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(error):
+        data.read_image(tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("workers, content", [(1, b"\x89PNG"), (0, b"<html>")])
@@ -957,16 +1014,33 @@ def test_data_an_unreadable_image_is_one_line(tmp_path, workers, content, capsys
     assert error.startswith(f"error: {dataset.files[0]}: not a readable image")
 
 
+NO_MEMORY = "error: .*--shm-size=8g or --workers 0\n"
+
+
 @pytest.mark.parametrize("error, code, words", [
     (KeyboardInterrupt(), 130, "interrupted"),
     (torch.OutOfMemoryError("no memory.\nmore"), 2, "error: no memory. Try a smaller --batch-size"),
-    (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'"),
+    (FileNotFoundError(2, "No such file", "/torch_7"), 2, "error: .* No such file: '/torch_7'\n"),
+    (OSError(28, "No space left on device"), 2, r"error: \[Errno 28\] No space left on device\n"),
+    (OSError(30, "Read-only file system"), 2, NO_MEMORY),  # no semaphore
+    (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: unable to "
+                  "write to file </torch_7_0>: No space left on device (28)\n"), 2, NO_MEMORY),
+    (RuntimeError("unable to allocate shared memory(shm) for file </torch_7_0>"), 2, NO_MEMORY),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. "), 2, NO_MEMORY),
 ])
 def test_data_run_script_says_a_failure_in_one_line(error, code, words, capsys):
     with pytest.raises(SystemExit) as end:
         data.run_script(lambda: (_ for _ in ()).throw(error))
     text = capsys.readouterr().err
-    assert end.value.code == code and text.startswith(words) and text.count("\n") == 1
+    assert end.value.code == code and re.match(words, text) and text.count("\n") == 1
+    with pytest.raises(RuntimeError, match="shapes"):  # a fault of ours keeps its traceback
+        data.run_script(lambda: (_ for _ in ()).throw(RuntimeError("shapes")))
+
+
+def test_data_python_3_11_is_asked_for_at_the_door():
+    old = "import sys, torch; sys.version_info = (3, 10, 9); import train"
+    error = script("-c", old, code=2).stderr
+    assert "needs Python 3.11" in error and error.count("\n") == 1
 
 
 # ---------------------------------------------------------------- data: the affine view
