@@ -11,9 +11,14 @@ Letters in shapes, the same in every file:
     B images   T tokens   N = h*w patches   D width   K prototypes of a layer, background last
     G coarse concepts = K of the last layer - 1   C classes   M parts   S image side in pixels
 """
+import argparse
 import hashlib
 import math
 import os
+import pickle
+import re
+import struct
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -209,17 +214,40 @@ class VisionTransformer(nn.Module):
 
 # ---------------------------------------------------------------- weights
 URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{folder}/dinov2_{name}_pretrain.pth"
+# What torch.load raises for a file that is cut short, altered or of another kind.
+DAMAGE = (pickle.UnpicklingError, struct.error, EOFError, OSError, RuntimeError, ValueError,
+          LookupError, AssertionError)
+# Parts of the names in other files, as regular expressions, and Meta's.
+META_NAMES = {
+    "reg_token$": "register_tokens",  # timm
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.(cls_token|mask_token|register_tokens)": r"\1",
+    "encoder.layer.": "blocks.",
+    "attention.attention.": "attn.",
+    "attention.output.dense": "attn.proj",
+    "layer_scale(.).lambda1": r"ls\1.gamma",
+    "mlp.weights_in": "mlp.w12",
+    "mlp.weights_out": "mlp.w3",
+    "layernorm": "norm",  # so far Hugging Face
+    r"blocks\.\d+\.(?=\d)": "blocks.",  # Meta's training: blocks in chunks
+    r"^((module|model|backbone|teacher|dinov2|dinov2_with_registers)\.)+": "",  # wrappers
+}
+ABSENT = torch.empty(0, 0)  # stands for a weight that a file lacks
 
 
 def load_backbone(name_or_path, image_size=None):
     """A VisionTransformer with its weights, in fp32 and eval mode. "toy" is new, to be trained.
 
-    name_or_path: a name of ARCHITECTURES, downloaded once into torch.hub's cache, or a file that
-        holds a state dict in Meta's names, whose architecture is read off its shapes.
+    name_or_path: a name of ARCHITECTURES or torch.hub ("dinov2_vits14_reg"), downloaded once into
+        torch.hub's cache, or a file: a state dict or training checkpoint of DINOv2, DINO v1, timm
+        or Hugging Face's Dinov2, whose architecture is read off its shapes (heads: D / 64).
     image_size: see VisionTransformer; default: that of the position embedding, 518 for DINOv2.
     Raises ValueError or OSError, one line, where there is no such file or it does not fit.
     """
     name = str(name_or_path).removeprefix("dinov2_")
+    if name.endswith("_reg"):  # torch.hub's name of four registers
+        name += "4"
     path = Path(name_or_path).expanduser()
     if name == "toy":
         return VisionTransformer(**ARCHITECTURES["toy"], image_size=image_size)
@@ -231,8 +259,8 @@ def load_backbone(name_or_path, image_size=None):
     else:
         names = ", ".join(ARCHITECTURES)
         raise FileNotFoundError(f"--weights {path}: no such file, and not one of {names}")
-    # A state dict in other names (timm, Hugging Face) would be renamed here.
-    architecture = read_architecture(state, path)
+    state = meta_names(state, path)
+    architecture = read_architecture(state)
     with torch.device("meta"):  # without memory of its own: it takes over the file's tensors
         backbone = VisionTransformer(**architecture, image_size=image_size)
     load_state(backbone, state, f"weights {path}", assign=True)
@@ -245,39 +273,101 @@ def download_weights(name):
     url = URL.format(folder=name.removesuffix("_reg4"), name=name)
     file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-    except Exception as error:  # no network, half a file, a login page: torch can raise anything
-        file.unlink(missing_ok=True)
-        raise OSError(f"weights {name}: could not fetch {url} ({error!r:.100}); try again, "
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(file))
+        return read_file(file, "weights")
+    except (OSError, HTTPException, ValueError) as error:
+        if isinstance(error, ValueError):  # half a file, or a login page: the next try fetches it
+            file.unlink(missing_ok=True)
+        raise OSError(f"weights {name}: could not fetch {url} ({error}); try again, "
                       f"put it at {file}, or name a local file by --weights") from None
 
 
 def read_file(path, what):
-    """torch.load of tensors and plain values, never of code."""
+    """Tensors and plain values, never code. Raises ValueError, OSError or MemoryError, one line."""
+    path = Path(path).expanduser()
+    if path.suffix == ".safetensors":
+        return read_safetensors(path, what)
+    # Training checkpoints hold their options, often as a Namespace.
+    with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except DAMAGE as error:
+            if "allocate" in str(error):  # torch says so by a RuntimeError
+                raise MemoryError(f"{what} {path}: too little memory to read it") from None
+            raise ValueError(f"{what} {path}: damaged, or not a torch file of tensors "
+                             f"({type(error).__name__}); fetch or write it again") from None
+
+
+def read_safetensors(path, what):
     try:
-        return torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
-    except OSError:  # it names the file
-        raise
-    except Exception as error:  # anything from EOFError to AssertionError
-        raise ValueError(f"{what} {path}: damaged, or not a torch file of tensors "
-                         f"({type(error).__name__}); fetch or write it again") from None
+        import safetensors.torch
+    except ModuleNotFoundError:
+        raise ValueError(f"{what} {path}: the package safetensors is missing; "
+                         "pip install safetensors, or take a .pth file") from None
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{what} {path}: damaged ({error}); fetch it again") from None
 
 
-def read_architecture(state, path):
+def meta_names(state, path):
+    """What a file of weights holds -> the state dict of its ViT in Meta's names, without heads.
+
+    Raises ValueError, one line about the path, for anything else and for ViTs like DINOv3.
+    """
+    if not isinstance(state, dict):
+        state = {}
+    for part in ("model", "state_dict", "teacher", "student"):  # of a training checkpoint
+        if isinstance(state.get(part), dict):
+            state = state[part]
+    renamed = {}
+    for key, x in state.items():
+        name = str(key)
+        for pattern, meta_name in META_NAMES.items():
+            name = re.sub(pattern, meta_name, name)
+        renamed[name] = x
+
+    rotary = any("rope" in name or "storage_tokens" in name for name in renamed)
+    if rotary or "cls_token" in renamed and "pos_embed" not in renamed:
+        raise ValueError(f"weights {path}: DINOv3 and other ViTs without learned positions "
+                         "are not supported; take a DINOv2")
+    if not {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= renamed.keys():
+        raise ValueError(f"weights {path}: not a ViT's state dict; take one of DINOv2's")
+    parts = "(cls_token|mask_token|register_tokens|pos_embed|patch_embed|blocks|norm)"
+    state = {name: x for name, x in renamed.items() if re.match(rf"{parts}\b", name)}  # no head
+
+    for name in [name for name in state if ".attn.query." in name]:
+        qkv = [name.replace("query", part) for part in ("query", "key", "value")]
+        qkv = [state.pop(part) for part in qkv if part in state]
+        state[name.replace("query", "qkv")] = torch.cat(qkv)
+    fc1 = state.get("blocks.0.mlp.fc1.weight", ABSENT)
+    fc2 = state.get("blocks.0.mlp.fc2.weight", ABSENT)
+    if len(fc1) == 2 * fc2.shape[1]:  # timm's name of a SwiGLU
+        state = {name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): x
+                 for name, x in state.items()}
+    _, num_positions, width = state["pos_embed"].shape
+    if math.isqrt(num_positions) ** 2 == num_positions:  # timm adds that of cls to cls_token
+        state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
+    state.setdefault("mask_token", torch.zeros(1, width))
+    if "blocks.0.ls1.gamma" not in state:  # DINO v1 and supervised ViTs: nothing is scaled
+        for name in [name for name in state if re.search(r"norm[12]\.weight", name)]:
+            state[name.replace("norm", "ls").replace("weight", "gamma")] = torch.ones(width)
+    return state
+
+
+def read_architecture(state):
     """The arguments of VisionTransformer, read off the shapes of a state dict in Meta's names."""
-    needed = {"patch_embed.proj.weight", "pos_embed"}
-    if not isinstance(state, dict) or not needed <= state.keys():
-        raise ValueError(f"weights {path}: not a ViT's state dict in DINOv2's names; take another")
     width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     num_positions = state["pos_embed"].shape[1] - 1  # without cls
-    absent = torch.empty(0, 0)
     return dict(
         width=width,
         depth=len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
         patch_size=patch_size,
         pos_grid=math.isqrt(num_positions),
-        registers=state.get("register_tokens", absent).shape[1],
-        swiglu=state.get("blocks.0.mlp.w3.weight", absent).shape[1])
+        registers=state.get("register_tokens", ABSENT).shape[1],
+        swiglu=state.get("blocks.0.mlp.w3.weight", ABSENT).shape[1])
 
 
 def load_state(module, state, what, assign=False):

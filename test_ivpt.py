@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from fractions import Fraction
@@ -246,15 +247,127 @@ def test_loading_keeps_every_value_and_gives_fp32(family, dtype, tmp_path, monke
         assert value.dtype == torch.float32 and torch.equal(value, state[name].float()), name
 
 
+def in_a_checkpoint(state):
+    """Of a teacher and a student with heads, as DINO's and DINOv2's training writes it."""
+    teacher = {"backbone." + name: x for name, x in state.items()}
+    student = {"module." + name: torch.zeros_like(x) for name, x in teacher.items()}
+    heads = {"dino_head.mlp.0.weight": torch.zeros(3), "ibot_head.norm.weight": torch.zeros(3)}
+    return {"student": student, "teacher": teacher | heads, "args": Namespace(lr=1), "epoch": 3}
+
+
+def in_chunks(state):
+    """Blocks 0 and 1 in chunk 0, block 2 in chunk 1, all inside two wrappers."""
+    chunks = {"blocks.0.": "blocks.0.0.", "blocks.1.": "blocks.0.1.", "blocks.2.": "blocks.1.2."}
+    chunked = {}
+    for name, x in state.items():
+        chunked["module.model." + chunks.get(name[:9], name[:9]) + name[9:]] = x
+    return {"state_dict": chunked, "optimizer": {"state": {0: torch.ones(2)}}}
+
+
+def in_timms_names(state):
+    state = {name.replace("mlp.w12", "mlp.fc1").replace("mlp.w3", "mlp.fc2"): x
+             for name, x in state.items() if name != "mask_token"}
+    if "register_tokens" in state:
+        cls, grid = state["pos_embed"].split([1, 25], dim=1)
+        state["reg_token"] = state.pop("register_tokens")
+        state["cls_token"], state["pos_embed"] = state["cls_token"] + cls, grid
+    return state | {"head.weight": torch.zeros(10, 128), "fc_norm.weight": torch.zeros(128)}
+
+
+def in_hugging_faces_names(state):
+    outside = {"patch_embed.proj": "patch_embeddings.projection",
+               "pos_embed": "position_embeddings"}
+    inside = {"attn.proj": "attention.output.dense", "ls1.gamma": "layer_scale1.lambda1",
+              "ls2.gamma": "layer_scale2.lambda1", "mlp.w12": "mlp.weights_in",
+              "mlp.w3": "mlp.weights_out"}
+    renamed = {"classifier.weight": torch.zeros(10, 256)}
+    for name, x in state.items():
+        if name.startswith("norm."):
+            renamed["dinov2.layer" + name] = x
+        elif not name.startswith("blocks."):
+            for metas, theirs in outside.items():
+                name = name.replace(metas, theirs)
+            renamed["dinov2.embeddings." + name] = x
+        else:
+            name = name.replace("blocks.", "dinov2.encoder.layer.")
+            for metas, theirs in inside.items():
+                name = name.replace(metas, theirs)
+            if "attn.qkv" in name:
+                for part, third in zip(("query", "key", "value"), x.chunk(3)):
+                    renamed[name.replace("attn.qkv", f"attention.attention.{part}")] = third
+            else:
+                renamed[name] = x
+    return renamed
+
+
+def without_scales(state):
+    """DINO v1 and timm's supervised ViTs."""
+    return {name: x for name, x in state.items() if ".ls" not in name and name != "mask_token"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("bring", [in_a_checkpoint, in_chunks, in_timms_names,
+                                   in_hugging_faces_names, without_scales])
+def test_weights_from_elsewhere_give_the_same_tokens(bring, family, tmp_path):
+    backbone = tiny_backbone(depth=3, **FAMILIES[family])
+    nn.init.zeros_(backbone.mask_token)
+    if bring is without_scales:
+        for block in backbone.blocks:
+            nn.init.ones_(block.ls1.gamma)
+            nn.init.ones_(block.ls2.gamma)
+    torch.save(bring(backbone.half().state_dict()), tmp_path / "vit.pth")
+    loaded, expected = ivpt.load_backbone(tmp_path / "vit.pth"), backbone.float()
+    if bring is in_timms_names and backbone.registers:  # cls and its position are one
+        images = torch.randn(2, 3, 70, 70)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(images), expected(images), atol=0.01, rtol=0)
+    else:
+        for name, x in expected.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], x), name
+
+
+def test_safetensors_are_read_where_the_package_is(tmp_path, monkeypatch):
+    path, state = tmp_path / "vit.safetensors", tiny_backbone().state_dict()
+    path.write_bytes(b"{}")
+    with monkeypatch.context() as patch, one_line(ValueError, "vit.*pip install safetensors"):
+        patch.setitem(sys.modules, "safetensors", None)
+        ivpt.load_backbone(path)
+    safetensors = pytest.importorskip("safetensors.torch")
+    with one_line(ValueError, "vit.safetensors: damaged"):
+        ivpt.load_backbone(path)
+    safetensors.save_file(state, path)
+    for name, x in ivpt.load_backbone(path).state_dict().items():
+        assert torch.equal(x, state[name]), name
+
+
 def test_weights_that_do_not_fit_are_named_in_one_line(tmp_path):
     path, state = tmp_path / "vit.pth", tiny_backbone(depth=2).state_dict()
-    bent = {"blocks.1.mlp.fc1.bias": torch.ones(3)}
-    for content, says in ((state | bent, "fc1.bias.*.3."), ({}, "not a ViT's"),
-                          (state | {"head.weight": torch.zeros(2)}, "head.weight"),
+    dinov3 = {name: x for name, x in state.items() if name != "pos_embed"}
+    no_key = {name: x for name, x in in_hugging_faces_names(state).items() if ".key." not in name}
+    for content, says in ((state | {"blocks.1.mlp.fc1.bias": torch.ones(3)}, "fc1.bias.*.3."),
+                          (state | {"blocks.0.attn.q_norm.weight": torch.ones(3)}, "q_norm"),
+                          (without_scales(state) | {"blocks.0.ls1.gamma": torch.ones(128)},
+                           "blocks.0.ls2.gamma"),
+                          ({}, "not a ViT's"), ([1], "not a ViT's"),
+                          ({"fc.weight": torch.ones(3), 0: torch.ones(3)}, "not a ViT's"),
+                          (no_key, "size mismatch for blocks.0.attn.qkv.weight"),
+                          (state | {"storage_tokens": torch.ones(1, 4, 128)}, "DINOv3"),
+                          (dinov3, "DINOv3"), (in_hugging_faces_names(dinov3), "DINOv3"),
                           (state | {"code": Fraction(1, 2)}, "not a torch file of tensors")):
         torch.save(content, path)
         with one_line(ValueError, "vit.pth", says):
             ivpt.load_backbone(path, 70)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_cut_at_any_length_is_named_damaged(zipped, tmp_path):
+    path, state = tmp_path / "vit.pth", tiny_backbone(depth=1).state_dict()
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for length in {*range(40), *range(40, len(whole), len(whole) // 60)}:
+        path.write_bytes(whole[:length])
+        with one_line(ValueError, "vit.pth: damaged"):
+            ivpt.read_file(path, "weights")
 
 
 def test_a_named_backbone_is_downloaded_once_and_a_damaged_one_removed(tmp_path, monkeypatch):
@@ -271,10 +384,22 @@ def test_a_named_backbone_is_downloaded_once_and_a_damaged_one_removed(tmp_path,
         with one_line(OSError, "could not fetch", str(cached), "--weights"):
             ivpt.load_backbone("dinov2_vits14", 70)
         assert not cached.exists()
-    torch.save(tiny_backbone().state_dict(), source)
-    ivpt.load_backbone("vits14", 70)
+    torch.save(tiny_backbone(registers=4).state_dict(), source)
+    ivpt.load_backbone("vits14_reg4", 70)
     source.unlink()
-    assert ivpt.load_backbone("vits14", 70).grid == (5, 5) and cached.exists()
+    for name in ("vits14_reg4", "dinov2_vits14_reg"):
+        assert ivpt.load_backbone(name, 70).grid == (5, 5)
+    # What is not the file's fault is not blamed on it.
+    for raised, seen in ((RuntimeError("can't allocate memory"), MemoryError),
+                         (MemoryError(), MemoryError), (AttributeError(), AttributeError)):
+        monkeypatch.setattr(torch, "load", functools.partial(fail, raised))
+        with pytest.raises(seen):
+            ivpt.load_backbone("vits14_reg4", 70)
+        assert cached.exists()
+
+
+def fail(error, *_, **__):
+    raise error
 
 
 # ---------------------------------------------------------------- IVPT, in fp64
