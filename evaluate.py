@@ -29,10 +29,10 @@ HALF_SIZE = 36      # the region around a peak reaches this far to every side
 THRESHOLD = 0.8     # share of images in which a consistent prototype hits its part
 NOISE_STD, NOISE_CLIP = 0.2, 0.25  # of the noise on the normalised image
 RANDOM_DRAWS = 10   # the random control is a mean over these
-METHOD = ("method", "recipe", "bias", "fusion", "tune", "start", "distance",
+METHOD = ("method", "recipe", "bias", "fusion", "tune", "start", "distance", "votes",
           "no_bias", "no_regions", "no_cross_layer", "no_fusion")  # options that name the method
 PART_METRICS = ("consistency", "stability", "constant_location", "over_constant",
-                "random_location", "parts_hit")  # None where no key point is visible
+                "random_location", "comprehensiveness", "parts_hit")  # None where no key point is visible
 
 
 # ---- 1. The metrics: maps -> peaks -> hit parts -> percentages ---------------------------------
@@ -100,6 +100,26 @@ def stability(hits, noisy_hits, labels):
     images = class_sums(torch.ones_like(unchanged), labels)
     share = class_sums(unchanged, labels) / images  # (C, K)
     return 100 * share.mean().item()
+
+
+def distinctiveness(peaks):
+    """peaks (n, K, 2) -> percent: 100 less the mean overlap (intersection over union) of the
+    regions of two prototypes in an image (Zhu et al., arXiv 2503.10247). None for one prototype."""
+    K = peaks.shape[1]
+    if K == 1:
+        return None
+    side = 2 * HALF_SIZE  # here regions are not clipped, as in Zhu et al.'s code
+    offset = (peaks[:, :, None] - peaks[:, None]).abs()  # (n, K, K, 2)
+    shared = (side - offset).clamp(min=0).prod(3)
+    overlap = shared / (2 * side ** 2 - shared)  # (n, K, K)
+    first, second = torch.triu_indices(K, K, offset=1)  # every pair once
+    return 100 - 100 * overlap[:, first, second].mean().item()
+
+
+def comprehensiveness(hits, visible):
+    """Percent of the visible parts that some prototype hits. hits (n, K, M), visible (n, M). Zhu et
+    al. compare maps with a mask of the object instead, which CUB's lists do not hold."""
+    return 100 * (hits.any(1).sum() / visible.sum()).item()
 
 
 # ---- 2. The three views of a test image --------------------------------------------------------
@@ -260,6 +280,7 @@ def layer_metrics(layer, keypoints, labels, owners, parts, seed):
         foreground=foreground(wins),
         foreground_inside=foreground(layer["won_inside"]),
         foreground_outside=foreground(layer["won_outside"]),
+        distinctiveness=distinctiveness(peaks),
         winning=100 * (wins[:-1] > 0).sum().item() / (len(wins) - 1),
         wins=wins.tolist(),
         peak_spread=spreads.mean().item(),
@@ -283,6 +304,7 @@ def layer_metrics(layer, keypoints, labels, owners, parts, seed):
         stability=stability(hits, noisy_hits, labels),
         constant_location=constant,
         over_constant=score - constant,
+        comprehensiveness=comprehensiveness(hits, visible),
         random_location=np.mean(random_scores).item())
     if len(layer["map_sums"]) == 1:  # else concept k is another one in every class
         metrics["parts_hit"] = parts_hit(hits, visible, parts)
@@ -329,6 +351,8 @@ ROWS = (  # of the table: name in metrics.json, meaning; percent, if nothing els
     ("over_constant", "consistency less constant_location"),
     ("random_location", "consistency of random spots"),
     ("stability", "images in which noise changes no hit; a fixed spot has 100"),
+    ("distinctiveness", "100 less the overlap of two concepts' regions"),
+    ("comprehensiveness", "visible parts that some concept hits"),
     ("peak_spread", "distance of peaks from their mean, pixels of 224; a fixed spot has 0"),
     ("winning", "concepts that win any patch"),
     ("foreground", "patches won by concepts"),

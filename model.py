@@ -387,41 +387,72 @@ class ConceptLayer(nn.Module):
     Concept region discovery: a_k = softmax over k of -|e - q_k|^2, with a bias b_k for each patch.
     Intra-region aggregation: p_k = sum(a_k e) / sum(a_k) over the patches where a_k is largest.
 
-    scaled: patches at length sqrt(D), squared distances over sqrt(D), so softer shares (ours).
+    distance: "euclidean" (paper), or "relative" (ours, see relative): the prototypes meet the
+        patches relative to the object in their image, and squared distances are divided by
+        2 sqrt(D), so shares are softer. What is averaged are the patches themselves.
     The other arguments are those of IVPT.
     """
 
-    def __init__(self, K, width, N, bias_after_softmax=True,
-                 scaled=False, spatial_bias=True, regions=True):
+    def __init__(self, K, width, grid, bias_after_softmax=True, distance="euclidean",
+                 spatial_bias=True, regions=True):
         super().__init__()
-        self.bias_after_softmax, self.scaled, self.regions = bias_after_softmax, scaled, regions
+        self.grid, self.distance = grid, distance
+        self.bias_after_softmax, self.regions = bias_after_softmax, regions
         self.prototypes = nn.Parameter(0.05 * torch.randn(K, width))
-        self.bias = nn.Parameter(torch.zeros(K, N), requires_grad=spatial_bias)
+        self.bias = nn.Parameter(torch.zeros(K, math.prod(grid)), requires_grad=spatial_bias)
+        if distance == "relative":  # mean directions of objects and of all else: sample_regions
+            self.register_buffer("means", torch.zeros(2, width))
 
     def prepare(self, patches):
-        """Patches (..., D) as the prototypes meet them: as they are, or at the length sqrt(D)."""
-        if not self.scaled:
-            return patches
-        return F.normalize(to_float32(patches), dim=-1) * patches.shape[-1] ** 0.5
+        """Patches (B, N, D) as the prototypes meet them."""
+        return self.relative(patches) if self.distance == "relative" else patches
+
+    def directions(self, patches):
+        """Patches (B, N, D), each averaged with its neighbours and brought to length sqrt(D)."""
+        maps = to_float32(patches).transpose(1, 2).unflatten(2, self.grid)  # (B, D, h, w)
+        maps = F.avg_pool2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        return to_length(maps.flatten(2).transpose(1, 2))
+
+    def relative(self, patches):
+        """Directions without the mean direction of the object: species and light go, parts stay.
+
+        An image's object are the patches that are nearer the mean of objects than of all others.
+        """
+        e = self.directions(patches)  # (B, N, D)
+        is_object = torch.cdist(e, self.means.to(e).expand(len(e), -1, -1)).argmin(2) == 0
+        weights = is_object / is_object.sum(1, keepdim=True).clamp_min(1)  # (B, N)
+        return to_length(e - weights.to(e)[:, None] @ e)
 
     def forward(self, patches, smoothing=0.0, detach_maps=False):
         """patches (B, N, D) -> attention a (B, K, N), pooled p (B, K, D), mass (B, K), p's divisor.
 
         smoothing comes before pooling; detach_maps lets patches learn from pooled, not from maps.
         """
-        patches = self.prepare(patches)
-        prototypes = self.prototypes
-        if self.scaled:  # D^-1/4 on both sides divides |e - q|^2 by sqrt(D), as attention does
-            factor = patches.shape[-1] ** -0.25
-            patches, prototypes = patches * factor, prototypes * factor
+        e, prototypes = self.prepare(patches), self.prototypes
+        if self.distance == "relative":
+            factor = (4 * patches.shape[-1]) ** -0.25  # on both sides, so it divides |e - q|^2
+            e, prototypes = e * factor, prototypes * factor
         attention, pooled, mass = prototype_attention(
-            patches, prototypes, self.bias, self.bias_after_softmax,
+            e, prototypes, self.bias, self.bias_after_softmax,
             smoothing=smoothing, detach_maps=detach_maps)
+        if self.distance == "relative":  # the patches themselves, and classes move no prototype
+            won = attention == attention.amax(1, keepdim=True)
+            return attention, *weighted_mean(attention.detach() * won, patches)
         if not self.regions:  # every patch counts by its share of the concept
-            mass = attention.sum(2)
-            shares = attention / mass[..., None].clamp_min(1e-30)
-            pooled = shares.to(patches.dtype) @ patches
+            return attention, *weighted_mean(attention, patches)
         return attention, pooled, mass
+
+
+def weighted_mean(weights, patches):
+    """weights (B, K, N), patches (B, N, D) -> means (B, K, D), sums of the weights (B, K)."""
+    mass = weights.sum(2)
+    weights = weights / mass[..., None].clamp_min(1e-30)
+    return weights.to(patches.dtype) @ patches, mass
+
+
+def to_length(x):
+    """Vectors (..., D) at the length sqrt(D)."""
+    return F.normalize(x, dim=-1) * x.shape[-1] ** 0.5
 
 
 class Fusion(nn.Module):
@@ -467,11 +498,23 @@ def fuse_maps(a, S):
         return fused / fused.sum(1, keepdim=True).clamp_min(1e-30)  # the bias may leave no share
 
 
+class ConceptClassifier(nn.Module):
+    """Class scores of concepts z (B, G, D) -> (B, G, C), each by weights of its own (ours)."""
+
+    def __init__(self, G, width, num_classes):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(G, width, num_classes))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, z):
+        return torch.einsum("bgd,gdc->bgc", z, self.weight)
+
+
 # ---------------------------------------------------------------- IVPT
 
 class Output(NamedTuple):  # as IVPT fills it; the docstring of a baseline says what differs
     logits: torch.Tensor          # (B, C), the mean of the concepts' class scores
-    concept_logits: torch.Tensor  # (B, G, C), class scores of every coarse concept
+    concept_logits: torch.Tensor  # (B, G, C), class scores of every concept that votes
     attention: list               # per concept layer (B, K_l, h, w), smoothed, sums to 1 over K_l
     groups: list                  # per prompted layer (B, K_l - 1, G)
     fused: list                   # per prompted layer (B, G + 1, h, w), background last
@@ -493,7 +536,9 @@ class IVPT(nn.Module):
         output. Each of the others prompts one block: these are the backbone's last blocks.
     bias_after_softmax: a = max(softmax + bias, 0) as in the text; False: softmax(logit + bias).
     fusion_mlp: fusion head with an MLP (paper) or one Linear (released).
-    tune: see tune_backbone; scaled: see ConceptLayer.
+    tune: see tune_backbone; distance: see ConceptLayer.
+    votes: which concepts score the classes. "coarse" (paper): those of the last layer, by shared
+        weights. "all" (ours): those of all layers, each by weights of its own.
     spatial_bias, regions, cross_layer, fusion: False takes that idea away, for the ablation.
         Without cross_layer the last concept layer stands alone and nothing is prompted.
     Raises ValueError where prototypes and backbone do not fit.
@@ -508,8 +553,8 @@ class IVPT(nn.Module):
     class_specific = False  # all classes share the prototypes
 
     def __init__(self, backbone, num_classes, prototypes=(17, 14, 11, 8, 5),
-                 bias_after_softmax=True, fusion_mlp=True, tune="none", scaled=False,
-                 spatial_bias=True, regions=True, cross_layer=True, fusion=True):
+                 bias_after_softmax=True, fusion_mlp=True, tune="none", distance="euclidean",
+                 votes="coarse", spatial_bias=True, regions=True, cross_layer=True, fusion=True):
         super().__init__()
         depth = len(backbone.blocks)
         if not 2 <= len(prototypes) <= depth + 1 or min(prototypes) < 2:
@@ -525,17 +570,24 @@ class IVPT(nn.Module):
         self.prototypes = tuple(prototypes)  # how many; they themselves are in concepts
         tune_backbone(backbone, tune)
 
-        N, D = math.prod(self.grid), backbone.width
+        D = backbone.width
         G = self.prototypes[-1] - 1
         self.concepts, self.fusions = nn.ModuleList(), nn.ModuleList()
         for K in self.prototypes:
             self.concepts.append(
-                ConceptLayer(K, D, N, bias_after_softmax, scaled, spatial_bias, regions))
+                ConceptLayer(K, D, self.grid, bias_after_softmax, distance, spatial_bias, regions))
         for K in self.prototypes[:-1]:
             self.fusions.append(Fusion(D, G if fusion else K - 1, fusion_mlp, grouped=fusion))
         self.num_unprompted = depth - len(self.fusions)  # blocks before the first concept layer
         self.norm = nn.LayerNorm((G + 1, D))
-        self.classifier = nn.Linear(D, num_classes, bias=False)  # shared by the concepts
+        self.votes = nn.ModuleList()  # of the prompted layers
+        if votes == "all":
+            for K in self.prototypes[:-1]:
+                norm = nn.LayerNorm((K - 1, D), elementwise_affine=False)
+                self.votes.append(nn.Sequential(norm, ConceptClassifier(K - 1, D, num_classes)))
+            self.classifier = ConceptClassifier(G, D, num_classes)
+        else:
+            self.classifier = nn.Linear(D, num_classes, bias=False)  # shared by the concepts
         for module in self.fusions.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -564,11 +616,15 @@ class IVPT(nn.Module):
         with torch.set_grad_enabled(graph):
             tokens = self.unprompted(images)
 
-        attention, groups, fused = [], [], []
+        attention, groups, fused, scores = [], [], [], []
         prompted_blocks = self.backbone.blocks[self.num_unprompted:]
-        for concept, fusion, block in zip(self.concepts, self.fusions, prompted_blocks):
-            e = self.normed_patches(tokens).detach()  # e = LN(sg(x_l)), (B, N, D)
-            a, pooled, mass = concept(e)  # (B, K, N), (B, K, D), (B, K)
+        for l, block in enumerate(prompted_blocks):
+            concept, fusion = self.concepts[l], self.fusions[l]
+            with torch.set_grad_enabled(graph and len(self.votes) > 0):
+                e = self.normed_patches(tokens)  # e = LN(sg(x_l)), (B, N, D)
+            a, pooled, mass = concept(e, detach_maps=True)  # (B, K, N), (B, K, D), (B, K)
+            if self.votes:
+                scores.append(self.votes[l](pooled[:, :-1]))  # (B, K - 1, C)
             pooled, mass = pooled.detach(), mass.detach()  # sg: a prompt does not move its regions
             prompts, S = fusion(pooled[:, :-1], mass[:, :-1])  # of all but the background
             with torch.set_grad_enabled(graph):
@@ -584,7 +640,8 @@ class IVPT(nn.Module):
         a, pooled, _ = self.concepts[-1](x, smoothing=SMOOTHING, detach_maps=True)  # maps of sg(x)
         attention.append(a.unflatten(2, self.grid))
         features = self.norm(pooled)  # (B, G + 1, D), jointly over concepts and width
-        concept_logits = to_float32(self.classifier(features[:, :-1]))  # (B, G, C)
+        scores.append(self.classifier(features[:, :-1]))  # (B, G, C)
+        concept_logits = to_float32(torch.cat(scores, dim=1))
         logits = concept_logits.mean(1)
         return Output(logits, concept_logits, attention, groups, fused, features)
 
@@ -595,51 +652,68 @@ class IVPT(nn.Module):
 def start_prototypes(model, dataset, seed):
     """Prototypes become k-means centres of the unprompted ViT's patches (train.py --start kmeans).
 
-    Each layer's foreground patches form K - 1 clusters; the mean of all others is the background
-    prototype. dataset: training images in the test view; no annotation is read. Raises ValueError.
+    Each layer's foreground patches form K - 1 clusters; the mean of the background patches is the
+    background prototype. dataset: training images in the test view; no annotation is read.
+    Raises ValueError.
     """
-    generator = torch.Generator().manual_seed(seed)
-    samples, radius2 = sample_patches(model, dataset, generator)
-    for concept, e in zip(model.concepts, samples):
+    for concept, (e, foreground, background) in zip(
+            model.concepts, sample_regions(model, dataset, seed)):
+        generator = torch.Generator().manual_seed(seed)
         num_concepts = len(concept.prototypes) - 1
-        foreground = find_foreground(e, radius2, generator)
         if foreground.sum() <= num_concepts:
             raise ValueError(f"--start kmeans: {foreground.sum()} foreground patches for "
                              f"{num_concepts} concepts; give more images, or take --start noise")
         centres = kmeans(e[foreground], num_concepts, generator)
-        background = e[~foreground].mean(0, keepdim=True)
-        concept.prototypes.copy_(torch.cat([centres, background]))
+        concept.prototypes.copy_(torch.cat([centres, e[background].mean(0, keepdim=True)]))
 
 
-def sample_patches(model, dataset, generator):
-    """100 patches of each of 512 images -> (n, D) for every concept layer, and radius2 (n).
+def sample_regions(model, dataset, seed):
+    """Training patches of every concept layer, a list of e (n, D), foreground (n), background (n).
 
-    radius2 is a patch's squared distance from the middle of its image: 1 at an edge, 2 in a corner.
+    e are the patches as the prototypes meet them. Sets the means of each layer to begin with.
     """
+    directions, radius2 = sample_patches(model, dataset, seed, ConceptLayer.directions)
+    regions = []
+    for concept, e in zip(model.concepts, directions):
+        foreground, background = find_foreground(e, radius2, torch.Generator().manual_seed(seed))
+        if concept.distance == "relative":
+            concept.means.copy_(torch.stack([e[foreground].mean(0), e[~foreground].mean(0)]))
+        regions.append((foreground, background))
+    patches, _ = sample_patches(model, dataset, seed, ConceptLayer.prepare)  # the same patches
+    return [(e, *masks) for e, masks in zip(patches, regions)]
+
+
+def sample_patches(model, dataset, seed, prepare):
+    """50 patches of each of 1,000 images -> (n, D) for every concept layer, and radius2 (n).
+
+    prepare(concept, patches): what is sampled. radius2 is a patch's squared distance from the
+    middle of its image: 1 at an edge, 2 in a corner.
+    """
+    generator = torch.Generator().manual_seed(seed)
     device = model.classifier.weight.device
     y, x = (torch.linspace(-1, 1, side) for side in model.grid)
     grid_radius2 = (y[:, None] ** 2 + x ** 2).flatten()  # (N)
-    chosen = torch.randperm(len(dataset), generator=generator)[:512].tolist()
+    chosen = torch.randperm(len(dataset), generator=generator)[:1000].tolist()
     blocks = [*model.backbone.blocks[model.num_unprompted:], nn.Identity()]
     samples, radius2 = [[] for _ in model.concepts], []
     for images, *_ in DataLoader(dataset, 16, sampler=chosen):
-        kept = torch.randperm(len(grid_radius2), generator=generator)[:100]
+        kept = torch.randperm(len(grid_radius2), generator=generator)[:50]
         radius2.append(grid_radius2[kept].repeat(len(images)))
         tokens = model.unprompted(images.to(device))
         for concept, sample, block in zip(model.concepts, samples, blocks):
-            e = concept.prepare(model.normed_patches(tokens)[:, kept])
+            e = prepare(concept, model.normed_patches(tokens))[:, kept]
             sample.append(e.float().flatten(0, 1))
             tokens = block(tokens)
     return [torch.cat(sample) for sample in samples], torch.cat(radius2).to(device)
 
 
 def find_foreground(e, radius2, generator):
-    """Patches e (n, D), their radius2 (n) -> bool (n): which are foreground.
+    """Patches e (n, D), their radius2 (n) -> bool (n) twice: which are foreground, and background.
 
     A principal component tells object from background: of the first three, the one that follows
-    radius2 most, since objects keep to the middle. We cut it into three clusters and take that of
-    the middle: of two, it would also hold what lies between. Corners are never foreground: some
-    ViTs treat them specially.
+    radius2 most, since objects keep to the middle. We cut it into three clusters: the first is
+    foreground, the last background, and what lies between is neither. Corners are never
+    foreground: some ViTs treat them specially.
     """
     centred = e - e.mean(0)
     eigenvectors = torch.linalg.eigh(centred.T @ centred).eigenvectors  # eigenvalues ascend
@@ -648,7 +722,10 @@ def find_foreground(e, radius2, generator):
     best = outwards.abs().argmax()
     component = components[:, best:best + 1] * -torch.sign(outwards[best])  # the middle is high
     low, middle, high = kmeans(component, 3, generator).flatten().sort().values
-    return (component[:, 0] > (middle + high) / 2) & (radius2 <= 1)
+    corner = radius2 > 1
+    foreground = (component[:, 0] > (middle + high) / 2) & ~corner
+    background = (component[:, 0] < (low + middle) / 2) | corner
+    return foreground, background
 
 
 def kmeans(e, K, generator):
@@ -686,7 +763,8 @@ def ivpt_arguments(options):
         bias_after_softmax=options["bias"] == "after",
         fusion_mlp=options["fusion"] == "mlp",
         tune=options["tune"],
-        scaled=options["distance"] == "scaled",
+        distance=options["distance"],
+        votes=options["votes"],
         spatial_bias=not options["no_bias"],
         regions=not options["no_regions"],
         cross_layer=not options["no_cross_layer"],
@@ -704,12 +782,12 @@ def build(options, num_classes, backbone=None):
 
 
 def trained_state(model):
-    """What a checkpoint holds: trained parameters, and all of a backbone that has no file."""
+    """What a checkpoint holds: all but the frozen part of a backbone that has a file."""
     state = {}
-    for name, parameter in model.named_parameters():
-        fileless = name.startswith("backbone.") and not model.backbone.has_file
-        if parameter.requires_grad or fileless:
-            state[name] = parameter.detach().cpu()
+    for name, x in model.state_dict(keep_vars=True).items():
+        frozen = name.startswith("backbone.") and not x.requires_grad
+        if not (frozen and model.backbone.has_file):
+            state[name] = x.detach().cpu()
     return state
 
 

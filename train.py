@@ -36,9 +36,9 @@ import model as ivpt
 # The paper's text and the authors' program differ in the bias, the fusion head and what is trained.
 # lr_bias is ours: at the paper's 2e-4 a bias after the softmax makes all images' maps the same.
 PAPER = dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5, start="noise",
-             distance="euclidean")
+             distance="euclidean", votes="coarse")
 RELEASED = PAPER | dict(bias="inside", fusion="linear", tune="tokens", lr_bias=2e-4)
-TUNED = PAPER | dict(start="kmeans", distance="scaled")  # ours: regions should follow the bird
+TUNED = PAPER | dict(start="kmeans", distance="relative", votes="all")  # ours: follow the parts
 RECIPES = {"paper": PAPER, "released": RELEASED, "tuned": TUNED}
 
 # The data set's preset. What the command line leaves open is filled in from here.
@@ -74,7 +74,8 @@ class Options:
     fusion: str = option(None, "head of the fusion", choices=["mlp", "linear"])
     tune: str = option(None, "what learns in the backbone", choices=["none", "tokens", "all"])
     start: str = option(None, "where prototypes start", choices=["noise", "kmeans"])
-    distance: str = option(None, "of patches and prototypes", choices=["euclidean", "scaled"])
+    distance: str = option(None, "of patches and prototypes", choices=["euclidean", "relative"])
+    votes: str = option(None, "which concepts vote, and how", choices=["coarse", "all"])
     no_bias: bool = option(False, "ablation: no spatial bias")
     no_regions: bool = option(False, "ablation: global attention pools instead of regions")
     no_cross_layer: bool = option(False, "ablation: concepts at the output alone, no prompts")
@@ -250,24 +251,26 @@ def method_losses(model, images, labels, theta):
 # --------------------------------------------------------------------------------- the optimiser
 def parameter_groups(model, args):
     """IVPT's learning rates, at batch 16."""
-    heads = [*model.fusions.parameters(), *model.norm.parameters(), *model.classifier.parameters()]
+    heads = [*model.fusions.parameters(), *model.norm.parameters()]
+    votes = [*model.classifier.parameters(), *model.votes.parameters()]
     tuned = [p for p in model.backbone.parameters() if p.requires_grad]
     return [
         dict(params=heads, lr=args.lr),
+        dict(params=votes, lr=args.lr, weight_decay=0.5 if args.votes == "all" else 0.0),
         dict(params=[concept.prototypes for concept in model.concepts], lr=args.lr_prototypes),
         dict(params=[concept.bias for concept in model.concepts], lr=args.lr_bias),
         dict(params=tuned, lr=args.lr_backbone if args.tune == "all" else args.lr_prototypes)]
 
 
 def make_optimizer(model, args):
-    """Adam without weight decay; all rates are halved every four epochs."""
+    """Adam; all rates are halved every four epochs. Only groups that ask for it decay (AdamW)."""
     if args.method == "ivpt":
         groups = parameter_groups(model, args)
     else:
         groups = model.parameter_groups(args)
     for group in groups:
         group["lr"] *= (args.batch_size / 16) ** 0.5
-    optimizer = torch.optim.Adam(groups, fused=True)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=4, gamma=0.5)
 
 
