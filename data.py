@@ -333,6 +333,7 @@ def one_line_parser(**kwargs):
         raise ValueError(f"{message}; --help lists the options")
 
     parser = argparse.ArgumentParser(allow_abbrev=False, **kwargs)
+    parser.register("type", None, os.path.expanduser)  # ~ in a text that the shell left alone
     parser.error = error
     return parser
 
@@ -354,6 +355,14 @@ def run_script(main):
         line = line.removeprefix(f"{type(error).__name__}: ")
     print(f"error: {line}", file=sys.stderr)
     sys.exit(2)
+
+
+def say(text):
+    """Print at once. A reader that has left, as in `| head`, does not end a run."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main():
