@@ -1753,16 +1753,16 @@ def test_a_documented_command_works(words, documented, monkeypatch):
 
 def test_a_reader_that_leaves_loses_nothing(birds, tmp_path, monkeypatch):
     """As in `| head`: every script goes on, and leaves nothing that cannot be flushed."""
-    ckpt, image = tmp_path / "last.pt", birds / "CUB_200_2011/images/000.Class 0/image 0.png"
+    image = birds / "CUB_200_2011/images/000.Class 0/image 0.png"
     for main, *options in (
             (lambda _: train.train(tiny_run(birds, tmp_path, "--epochs", 1)),),
             (evaluate.main, "--image", str(image)),
             (evaluate.main, "--visualize", str(tmp_path / "pictures"))):
         reader, writer = os.pipe()
         os.close(reader)
-        with open(writer, "w") as stdout:
+        with open(writer, "w", buffering=1) as stdout:
             monkeypatch.setattr(sys, "stdout", stdout)
-            main(["--ckpt", str(ckpt), *options])
+            main(["--ckpt", str(tmp_path / "last.pt"), *options])
         assert (tmp_path / "metrics.json").is_file()
     assert (tmp_path / "pictures/index.html").is_file()
     assert (tmp_path / "explained/1_image 0.png").is_file()
