@@ -1804,9 +1804,8 @@ def test_what_cannot_work_is_said_before_a_download(options, says, tmp_path, mon
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for place, name in ((torch.hub, "load_state_dict_from_url"),
-                        (data, "download_and_extract_archive")):
-        monkeypatch.setattr(place, name, network)
+    monkeypatch.setattr(ivpt, "download_weights", network)
+    monkeypatch.setattr(data, "download_and_extract_archive", network)
     write_classes(tmp_path / "FOLDER")
     with one_line((ValueError, OSError), says):
         train.train(train.parse(options))
