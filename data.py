@@ -384,6 +384,7 @@ def one_line_parser(**kwargs):
         raise ValueError(f"{message}; --help lists the options")
 
     parser = argparse.ArgumentParser(allow_abbrev=False, **kwargs)
+    parser.register("type", None, os.path.expanduser)  # ~ in a text that the shell left alone
     parser.error = error
     return parser
 
@@ -415,6 +416,14 @@ def run_script(main):
             raise
     print(f"error: {line}", file=sys.stderr)
     sys.exit(2)
+
+
+def say(text):
+    """Print at once. A reader that has left, as in `| head`, does not end a run."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main():

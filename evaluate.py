@@ -443,7 +443,7 @@ def main(argv=None):
     args = parse(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (args.visualize or args.image):
         raise ValueError("--visualize, --image: one process draws; start this without torchrun")
-    run = Path(args.ckpt).expanduser().parent
+    run = Path(args.ckpt).parent
     model, checkpoint = load_run(args.ckpt, args.weights)
     options = checkpoint["options"]
     amp = options["amp"] if args.amp is None else args.amp
@@ -467,11 +467,11 @@ def main(argv=None):
     if rank > 0:
         return
     name = "metrics.json" if args.split == "test" else "metrics_val.json"
-    ivpt.save(run / name, json.dumps(metrics, indent=1) + "\n")  # before printing, which may fail
-    print(table(metrics))
+    ivpt.save(run / name, json.dumps(metrics, indent=1) + "\n")
+    data.say(table(metrics))
     if gallery:
         gallery.write(Path(args.visualize), metrics, run / "log.jsonl")
-        print(f"gallery: {args.visualize}/index.html")
+        data.say(f"gallery: {args.visualize}/index.html")
 
 
 if __name__ == "__main__":

@@ -6,14 +6,17 @@
 An oracle is the paper's formula or a released program's protocol, written out once more: from the
 parameters alone, slow and in fp64. The code must agree with it.
 """
+import ast
 import fnmatch
 import functools
 import hashlib
+import importlib
 import itertools
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -1717,15 +1720,18 @@ def uncut(birds, tmp_path_factory):
     return out
 
 
-def test_a_run_leaves_its_files_and_resumes_bit_for_bit(birds, uncut, tmp_path):
+def test_a_run_leaves_its_files_and_resumes_bit_for_bit(birds, uncut, tmp_path, capsys):
     """1 + 1 epochs equal 2: parameters, log and metrics."""
-    train.train(tiny_run(birds, tmp_path, "--epochs", 1))
+    run = tmp_path / "a run"
+    train.train(tiny_run(birds, run, "--epochs", 1))
     with one_line(ValueError, "holds a run", "--resume", "--overwrite"):
-        train.train(tiny_run(birds, tmp_path))
+        train.train(tiny_run(birds, run))
     with one_line(ValueError, "seed 42, now 7"):
-        train.train(tiny_run(birds, tmp_path, "--resume", "--seed", 7))
-    metrics = train.train(tiny_run(birds, tmp_path, "--resume"))
-    assert_same_run(uncut, tmp_path)
+        train.parse(["--resume", "--out", str(run), "--seed", "7"])
+    metrics = train.train(train.parse(["--resume", "--out", str(run), "--epochs", "2"]))
+    assert_same_run(uncut, run)
+    next_command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert evaluate.parse(next_command[2:]).ckpt == str(run / "last.pt")  # quoted
     assert metrics == json.loads((uncut / "metrics.json").read_text())
     assert json.loads((uncut / "config.json").read_text())["epochs"] == 2
     assert {"epoch", "classification", "loss", "train_accuracy", "lr"} <= set(log_of(uncut)[0])
@@ -1867,3 +1873,146 @@ def test_two_processes_train_and_evaluate_like_one(birds, tmp_path):
         (run / "metrics.json").unlink()
         script(*processes, "evaluate.py", "--ckpt", run / "last.pt")
         assert (run / "metrics.json").read_bytes() == together
+
+
+# ---------------------------------------------------------------- as it is documented and typed
+
+def documented_commands():
+    """Those of README.md and of the files' docstrings, as lists of words."""
+    commands = {}
+    for file in [ROOT / "README.md", *ROOT.glob("*.py"), *ROOT.glob("*/*.py")]:
+        text = file.read_text()
+        if file.suffix == ".py":
+            text = ast.get_docstring(ast.parse(text)) or ""
+        for line in re.findall("^    ((?:python|torchrun) .*)", text, re.MULTILINE):
+            for command in line.split("&&"):
+                words = shlex.split(command, comments=True)
+                commands[shlex.join(words)] = words
+    return commands.values()
+
+
+SMALLER = ["--overwrite", "--image-size", "56", "--epochs", "1", "--pretrain", "0",
+           "--workers", "0", "--device", "cpu", "--no-amp"]
+
+
+@pytest.fixture(scope="module")
+def documented(birds, uncut, tmp_path_factory):
+    """A folder in which the words of the documented commands are files: FOLDER, bird.jpg, ..."""
+    from prepare import test_prepare, toy_birds
+    folder = tmp_path_factory.mktemp("documented")
+    shutil.copytree(birds, folder / "DIR")
+    toy_birds.draw(folder / "DIR" / toy_birds.FOLDER, num_train=2, num_test=1)
+    shutil.copytree(folder / "DIR", folder / ".cache" / "ivpt")
+    for run in ("cub", "toy"):
+        shutil.copytree(uncut, folder / "runs" / run)
+    write_classes(folder / "FOLDER")
+    write_classes(folder / "TARGET")
+    Image.new("RGB", (70, 60)).save(folder / "bird.jpg")
+    for name in ("folder_of_images", "YOUR_IMAGE_OR_FOLDER"):
+        (folder / name).mkdir()
+        shutil.copy(folder / "bird.jpg", folder / name)
+    test_prepare.write_release(folder / "SOURCE")
+    torch.save(tiny_backbone().state_dict(), folder / "FILE.pth")
+    return folder
+
+
+@pytest.mark.parametrize("words", documented_commands(), ids=" ".join)
+def test_a_documented_command_works(words, documented, monkeypatch):
+    """On small data. What needs a network, a GPU or torchrun gets its options checked only."""
+    from explore import bench
+    from prepare import toy_birds
+    monkeypatch.chdir(documented)
+    monkeypatch.setenv("HOME", str(documented))
+    monkeypatch.setattr(kernels, "SHAPES", [(1, 9, 16, 3)])
+    monkeypatch.setattr(bench, "ROUNDS", 1)
+    monkeypatch.setattr(bench, "WARM_UP", 0)
+    monkeypatch.setattr(toy_birds.draw, "__defaults__", (1, 1))
+    program, file, *options = words
+    alone = program == "python"
+    if not alone:
+        assert file == "--nproc_per_node=4"
+        file, *options = options
+    if file == "train.py":
+        args = train.parse(options)
+        train.check_model(args)
+        assert data.find(args.data, args.data_root).is_dir()
+        alone = alone and (args.weights == "toy" or args.weights not in ivpt.ARCHITECTURES)
+        options += SMALLER
+    elif file == "evaluate.py":
+        evaluate.parse(options)
+    elif file in ("-c", "-m"):  # the network, this very program
+        assert options[0].startswith(("import model; print(model.load_backbone(", "pytest"))
+        return
+    elif "TARGET" in options:
+        shutil.rmtree("TARGET")
+    if alone:
+        monkeypatch.setattr(sys, "argv", [file, *options])
+        importlib.import_module(file.removesuffix(".py").replace("/", ".")).main()
+
+
+def test_a_reader_that_leaves_loses_nothing(birds, tmp_path, monkeypatch):
+    """As in `| head`: every script goes on, and leaves nothing that cannot be flushed."""
+    image = birds / "CUB_200_2011/images/000.Class 0/image 0.png"
+    for main, *options in (
+            (lambda _: train.train(tiny_run(birds, tmp_path, "--epochs", 1)),),
+            (evaluate.main, "--image", str(image)),
+            (evaluate.main, "--visualize", str(tmp_path / "pictures"))):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "w", buffering=1) as stdout:
+            monkeypatch.setattr(sys, "stdout", stdout)
+            main(["--ckpt", str(tmp_path / "last.pt"), *options])
+        assert (tmp_path / "metrics.json").is_file()
+    assert (tmp_path / "pictures/index.html").is_file()
+    assert (tmp_path / "explained/1_image 0.png").is_file()
+
+
+def test_a_resumed_run_takes_its_own_options(birds, uncut, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(uncut, "runs/cub")
+    then = asdict(tiny_run(birds, "runs/cub")) | dict(resume=True)
+    assert asdict(train.parse(["--resume", "--out", "runs/cub"])) == then
+    assert asdict(train.parse(["--resume", "--data", "cub", "--seed", "42"])) == then
+    changed = dict(epochs=9, workers=3, prototypes=then["prototypes"])
+    typed = ["--epochs", "9", "--workers", "3", "--prototypes", "17", "14", "11", "8", "5"]
+    assert asdict(train.parse(["--resume", "--data", "cub", *typed])) == then | changed
+    for option, value in (("--lr", "0.1"), ("--bias", "inside"), ("--method", "huang")):
+        with one_line(ValueError, "trained with", f"now {value}", "give the same"):
+            train.parse(["--resume", "--out", "runs/cub", option, value])
+
+
+def test_no_default_contradicts_what_was_typed(tmp_path):
+    torch.save(tiny_backbone().state_dict(), tmp_path / "vit.pth")
+    for name, weights, size in (("cub", tmp_path / "vit.pth", 70), ("cub", "toy", 112),
+                                ("toy", tmp_path / "vit.pth", 70), ("cub", "vits14", 518)):
+        args = train.parse(["--data", name, "--weights", str(weights)])
+        train.check_model(args)
+        assert args.image_size == size and args.tune == ("all" if weights == "toy" else "none")
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--data", "FOLDER"], "--batch-size 16: FOLDER has 4 training images"),
+    (["--data", "cub", "--image-size", "100"], "divisible by the patch"),
+    (["--data", "cub", "--image-size", "28"], "at least 3 a side"),
+    (["--data", "cub", "--prototypes", "4", "1"], "prototypes"),
+    (["--data", "cub", "--weights", "nowhere.pth"], "nowhere.pth: no such file"),
+    (["--data", "toy", "--method", "protopnet", "--image-size", "100"], "divisible")])
+def test_what_cannot_work_is_said_before_a_download(options, says, tmp_path, monkeypatch):
+    def network(*_, **__):
+        raise AssertionError("a download")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(ivpt, "download_weights", network)
+    monkeypatch.setattr(data, "download_and_extract_archive", network)
+    write_classes(tmp_path / "FOLDER")
+    with one_line((ValueError, OSError), says):
+        train.train(train.parse(options))
+
+
+def test_a_tilde_is_the_home_folder_after_an_equals_sign_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    args = train.parse(["--data=~/d", "--data-root=~/r", "--out=~/o", "--weights=~/w"])
+    assert (args.data, args.data_root, args.out, args.weights) == ("/h/d", "/h/r", "/h/o", "/h/w")
+    args = evaluate.parse(["--ckpt=~/last.pt", "--visualize=~/p", "--image", "~/a", "b~"])
+    assert [args.ckpt, args.visualize, *args.image] == ["/h/last.pt", "/h/p", "/h/a", "b~"]

@@ -3,6 +3,7 @@
     python train.py                                  # drawn birds: no download, minutes on a laptop
     python train.py --data cub                       # the paper's run: DINOv2-B/14 reg4, 518 px
     python train.py --data FOLDER --image-size 224   # FOLDER/train/CLASS/IMAGE, FOLDER/test/...
+    python train.py --resume --out runs/cub          # go on, with that run's options
     torchrun --nproc_per_node=4 train.py --data cub  # the same batch, spread over four GPUs
 
 A run's folder (--out) receives config.json (the options), log.jsonl (one object an epoch), last.pt
@@ -16,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -47,6 +49,10 @@ PRESET = dict(recipe="paper", weights="vitb14_reg4", image_size=518, pretrain=0,
 TOY_PRESET = PRESET | dict(recipe="tuned", weights="toy", image_size=112, pretrain=12, epochs=9,
                            lr_backbone=5e-5)
 
+# What may differ when a run goes on.
+MAY_CHANGE = {"resume", "overwrite", "device", "workers", "data", "data_root", "out", "weights",
+              "amp", "compile", "epochs"}
+
 
 def option(default, help, **more):
     return field(default=default, metadata=dict(help=help, **more))
@@ -59,7 +65,8 @@ class Options:
     data: str = option("toy", "toy (drawn birds), cub (CUB-200-2011) or a folder: see data.py")
     data_root: str = option(None, "folder that holds the data set, or where to put it")
     out: str = option(None, "folder of the run (runs/DATA)")
-    resume: bool = option(False, "go on after the last finished epoch of the run in --out")
+    resume: bool = option(False, "go on after the last finished epoch of the run in --out; "
+                         "what is not typed is as in that run")
     overwrite: bool = option(False, "replace the run in --out")
     validate: bool = option(False, "train on three of four training images, evaluate on the fourth")
     # model
@@ -99,16 +106,20 @@ class Options:
 
 def parse(argv=None):
     """Command line -> Options with every blank filled. Raises ValueError, one line."""
-    parser = data.one_line_parser(description=__doc__.split("\n")[0])
+    parser = data.one_line_parser(
+        description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
     for f in fields(Options):
-        settings = dict(f.metadata, default=f.default)
+        settings = dict(f.metadata)
         if f.type is bool:
             settings.setdefault("action", "store_true")
-        else:
+        elif f.type is not str:
             settings.setdefault("type", f.type)
         parser.add_argument("--" + f.name.replace("_", "-"), **settings)
-    args = Options(**vars(parser.parse_args(argv)))
+    typed = vars(parser.parse_args(argv))  # without defaults
+    args = Options(**typed)
     fill_blanks(args)
+    if args.resume:
+        take_run_options(args, typed)
     check(args)
     return args
 
@@ -127,12 +138,34 @@ def fill_blanks(args):
             raise ValueError(f"--method {args.method}: expected ivpt, {', '.join(METHODS)}")
         defaults |= METHODS[args.method].rates | dict(start="noise")
         defaults["out"] += f"_{args.method}"
-    if (args.weights or preset["weights"]) == "toy":
-        defaults["tune"] = "all"  # the toy ViT is young: it learns along
+    weights = args.weights or preset["weights"]
+    if weights == "toy":  # it is young and learns along
+        defaults |= dict(tune="all", image_size=TOY_PRESET["image_size"])
+    elif weights not in ivpt.ARCHITECTURES:
+        defaults["image_size"] = None  # check_model takes that of the file
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.prototypes = tuple(args.prototypes)
+
+
+def take_run_options(args, typed):
+    """--resume: what was not typed is as in the run; what was must agree, or may change."""
+    path = Path(args.out) / "last.pt"
+    if not path.is_file():
+        raise FileNotFoundError(f"--resume: {path} is not there; name the run by --out")
+    then = ivpt.read_checkpoint(path)["options"]
+    now = {name: getattr(args, name) for name in ("out", *typed)}
+    check_same(path, then, {name: now[name] for name in now.keys() - MAY_CHANGE})
+    vars(args).update(then | now)
+
+
+def check_same(path, then, now):
+    """One line where a run would not go on as it began: two dicts, of which now is the smaller."""
+    for name, value in now.items():
+        if value != then.get(name):
+            raise ValueError(f"--resume: {path} was trained with {name} {then.get(name)}, now "
+                             f"{value}; give the same, or another --out")
 
 
 def check(args):
@@ -285,13 +318,24 @@ def average_gradients(parameters, world):
 # ------------------------------------------------------------------------------- a run's beginning
 def open_run_folder(args):
     """The run's folder, made if need be. A folder that holds a run is not overwritten unasked."""
-    out = Path(args.out).expanduser()
-    if args.resume and not (out / "last.pt").is_file():
-        raise FileNotFoundError(f"--resume: {out / 'last.pt'} is not there; name the run by --out")
+    out = Path(args.out)
     if (out / "config.json").is_file() and not (args.resume or args.overwrite):
         raise ValueError(f"--out {out} holds a run; take --resume, --overwrite or another folder")
     out.mkdir(parents=True, exist_ok=True)
     return out
+
+
+def check_model(args):
+    """One line where the options make no model, before anything is downloaded."""
+    name = args.weights.removeprefix("dinov2_")
+    if name in ivpt.ARCHITECTURES:
+        architecture = ivpt.ARCHITECTURES[name]
+        with torch.device("meta"):  # shapes without values
+            backbone = ivpt.VisionTransformer(**architecture, image_size=args.image_size)
+    else:
+        backbone = ivpt.load_backbone(args.weights, args.image_size)
+    args.image_size = backbone.image_size
+    ivpt.build(asdict(args), 2, backbone)
 
 
 def open_dataset(args, folder, split, world):
@@ -326,23 +370,12 @@ def epoch_batches(num_images, args, epoch, rank=0, world=1):
     return batches[:, rank].tolist()
 
 
-# What may differ when a run goes on.
-MAY_CHANGE = ("resume", "overwrite", "device", "workers", "data", "data_root", "out", "weights",
-              "amp", "compile", "epochs")
-
-
 def resume_run(path, args, dataset, model, optimizer, scheduler):
     """Puts a run back where its last finished epoch left it. Returns how many are finished."""
     checkpoint = ivpt.read_checkpoint(path)
-    now = asdict(args) | dict(classes=dataset.classes, images=len(dataset))
-    then = checkpoint["options"] | dict(classes=checkpoint["classes"], images=checkpoint["images"])
-    may_change = set(MAY_CHANGE)
+    check_same(path, checkpoint, dict(classes=dataset.classes, images=len(dataset)))
     if hasattr(model, "set_epoch"):  # stages are counted from the last epoch
-        may_change.remove("epochs")
-    for name in now.keys() - may_change:
-        if now[name] != then.get(name):
-            raise ValueError(f"--resume: {path} was trained with {name} {then.get(name)}, now "
-                             f"{now[name]}; give the same, or another --out")
+        check_same(path, checkpoint["options"], dict(epochs=args.epochs))
     ivpt.restore(model, checkpoint, path)
     optimizer.load_state_dict(checkpoint["optimizer"])
     scheduler.load_state_dict(checkpoint["scheduler"])
@@ -355,6 +388,7 @@ def train(args):
     # Data and model. A folder that holds a run is refused before anything is downloaded.
     out = open_run_folder(args)
     log = out / "log.jsonl"
+    check_model(args)
     use_cores(args)
     device = evaluate.local_device(args.device)
     rank, world = evaluate.start_processes(device)
@@ -392,9 +426,9 @@ def train(args):
         log.write_text("".join(lines))
         trained = sum(p.numel() for p in parameters)
         precision = "bf16" if args.amp else "fp32"
-        print(f"{args.method}, recipe {args.recipe}: {trained:,} trained parameters, "
-              f"{len(dataset)} images of {len(dataset.classes)} classes")
-        print(f"{device}, {precision}, processes: {world}", flush=True)
+        data.say(f"{args.method}, recipe {args.recipe}: {trained:,} trained parameters, "
+                 f"{len(dataset)} images of {len(dataset.classes)} classes")
+        data.say(f"{device}, {precision}, processes: {world}")
 
     # The loop.
     compute_losses = torch.compile(method_losses) if args.compile else method_losses
@@ -453,7 +487,7 @@ def train(args):
                 model=ivpt.trained_state(model), fingerprint=fingerprint,
                 optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict()))
             minutes_left = (args.epochs - epoch - 1) * line["seconds"] / 60
-            print(f"{json.dumps(line)} {minutes_left:.1f} minutes left", flush=True)
+            data.say(f"{json.dumps(line)} {minutes_left:.1f} minutes left")
 
     # The result.
     recipe = {name: getattr(args, name) for name in evaluate.METHOD}
@@ -463,9 +497,12 @@ def train(args):
         split=test_split, recipe=recipe)
     if chief:
         ivpt.save(metrics_file, json.dumps(metrics, indent=1) + "\n")
-        print(f"\n{evaluate.table(metrics)}\n")
-        next_step = f"python evaluate.py --ckpt {out / 'last.pt'} --visualize {out / 'pictures'}"
-        print(next_step + " --split val" if args.validate else next_step)
+        data.say(f"\n{evaluate.table(metrics)}\n")
+        next_step = ["python", "evaluate.py", "--ckpt", str(out / "last.pt")]
+        next_step += ["--visualize", str(out / "pictures")]
+        if args.validate:
+            next_step += ["--split", "val"]
+        data.say(shlex.join(next_step))
     return metrics
 
 

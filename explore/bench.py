@@ -3,9 +3,10 @@
     python explore/bench.py --data cub --weights vits14 --image-size 224 --batch-size 8
 
 Takes train.py's options. Named backbones get random weights, so nothing is downloaded. Times are
-medians in milliseconds an image; memory is the peak beyond that of loading the model. A step is train.py's
-without reading images.
+medians in milliseconds an image; memory is the peak beyond that of loading the model. A step is
+train.py's without reading images.
 """
+import math
 import sys
 import time
 from dataclasses import asdict
@@ -42,15 +43,19 @@ def seconds(work, device):
 
 
 def peak_gib(device):
-    """Peak memory so far: the allocator's on a GPU, the process's on a CPU (not on Windows)."""
+    """Peak memory so far: the allocator's on a GPU, the process's on a CPU; nan on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    import resource
+    try:
+        import resource
+    except ImportError:
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2 ** (30 if sys.platform == "darwin" else 20)  # macOS counts bytes, Linux KiB
 
 
 def bench(args):
+    train.check_model(args)
     train.use_cores(args)
     device = evaluate.local_device(args.device)
     torch.manual_seed(args.seed)

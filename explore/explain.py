@@ -88,7 +88,7 @@ def explain_files(model, paths, checkpoint, amp, out):
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            files += sorted(file for file in path.iterdir() if is_image_file(file.name))
+            files += sorted(file for file in path.rglob("*") if is_image_file(file.name))
         else:
             files.append(path)
     if not files:
@@ -100,8 +100,7 @@ def explain_files(model, paths, checkpoint, amp, out):
         explanation = explain(model, image, checkpoint["classes"], amp)
         target = out / f"{number}_{file.stem}.png"
         draw(data.denormalize(image), explanation).save(target)
-        print(f"{file}, drawn in {target}")
-        print("\n".join(describe(explanation)), end="\n\n")
+        data.say("\n".join([f"{file}, drawn in {target}", *describe(explanation), ""]))
 
 
 def main(argv=None):

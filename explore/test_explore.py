@@ -1,5 +1,6 @@
 """What the gallery and the explanation of an image show, on small inputs."""
 import colorsys
+import math
 import re
 import sys
 from dataclasses import asdict
@@ -35,8 +36,8 @@ class FakeImages(torch.utils.data.Dataset):
 
 
 class FakeModel(torch.nn.Module):
-    """In the first layer concept k wins the rows of patches 2 k and 2 k + 1. All images get the same
-    class."""
+    """In the first layer concept k wins the rows of patches 2 k and 2 k + 1. All images get the
+    same class."""
     grid, prototypes, num_classes, class_specific, grouped = (8, 8), (4, 3), 2, False, True
 
     def __init__(self):
@@ -175,13 +176,15 @@ def test_the_scripts(tmp_path, monkeypatch, capsys):
     birds.mkdir()
     for name in ("a.png", "b.png"):
         Image.new("RGB", (80, 60), "grey").save(birds / name)
+    (birds / "more").mkdir()
+    (birds / "b.png").rename(birds / "more" / "b.png")
     (birds / "notes.txt").write_text("no image")
     ckpt = ["--ckpt", str(tmp_path / "run" / "last.pt")]
     explain.main([*ckpt, str(birds), str(birds / "a.png")])
     drawn = sorted(file.name for file in (tmp_path / "run" / "explained").iterdir())
-    assert drawn == ["1_a.png", "2_b.png", "3_a.png"] and len(list(birds.iterdir())) == 3
+    assert drawn == ["1_a.png", "2_b.png", "3_a.png"] and len(list(birds.rglob("*"))) == 4
     capsys.readouterr()  # forget what explain.main printed
-    evaluate.main([*ckpt, "--image", str(birds / "b.png")])
+    evaluate.main([*ckpt, "--image", str(birds / "more")])
     assert "-0.50  concept 2" in capsys.readouterr().out
     gallery.main([*ckpt, "--strip", str(tmp_path / "strip.jpg"), "--images", "3", "7"])
     assert Image.open(tmp_path / "strip.jpg").size == (3 * 61 + 5, 2 * 61 + 5)
@@ -198,6 +201,15 @@ def test_bench_prints_a_table(monkeypatch, capsys):
     bench.main()
     header, _, row = capsys.readouterr().out.splitlines()
     assert header.count("|") == row.count("|") and "| toy |" in row
+
+
+def test_bench_counts_memory_on_every_system(monkeypatch):
+    linux = bench.peak_gib(torch.device("cpu"))
+    monkeypatch.setattr(sys, "platform", "darwin")  # its unit is a byte, not a KiB
+    assert 0.05 < linux < 50
+    assert bench.peak_gib(torch.device("cpu")) == pytest.approx(linux / 1024, rel=0.2)
+    monkeypatch.setitem(sys.modules, "resource", None)  # Windows
+    assert math.isnan(bench.peak_gib(torch.device("cpu")))
 
 
 def test_diagnose_prints_a_line_for_each_layer(tmp_path, monkeypatch, capsys):
