@@ -196,11 +196,11 @@ def class_images(folder):
         skipped[f"class without images ({name!r})"] += 1
     if skipped and os.environ.get("RANK", "0") == "0":
         kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.items())
-        print_once(f"{folder}: skipped {kinds}")
+        say_once(f"{folder}: skipped {kinds}")
     return files, class_names
 
 
-print_once = functools.cache(print)  # a folder is read more than once in a run
+say_once = functools.cache(lambda text: say(text))  # a folder is read more than once in a run
 
 
 # ---- 3. From a file to a tensor ------------------------------------------------------------------
@@ -406,7 +406,7 @@ def run_script(main):
         line = f"{error}; take the whole repository"
     except torch.OutOfMemoryError as error:
         line = f"{str(error).splitlines()[0]} Try a smaller --batch-size or --image-size."
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         # From a worker of a DataLoader, the text is a traceback: its last line is the message.
         line = str(error).strip().split("\n")[-1]
         line = line.removeprefix(f"{type(error).__name__}: ")

@@ -245,9 +245,7 @@ def load_backbone(name_or_path, image_size=None):
     image_size: see VisionTransformer; default: that of the position embedding, 518 for DINOv2.
     Raises ValueError or OSError, one line, where there is no such file or it does not fit.
     """
-    name = str(name_or_path).removeprefix("dinov2_")
-    if name.endswith("_reg"):  # torch.hub's name of four registers
-        name += "4"
+    name = backbone_name(name_or_path)
     path = Path(name_or_path).expanduser()
     if name == "toy":
         return VisionTransformer(**ARCHITECTURES["toy"], image_size=image_size)
@@ -266,6 +264,11 @@ def load_backbone(name_or_path, image_size=None):
     load_state(backbone, state, f"weights {path}", assign=True)
     backbone.has_file = True
     return backbone.float().eval()
+
+
+def backbone_name(name):
+    """A key of ARCHITECTURES for torch.hub's names, too: "dinov2_vits14_reg" has four registers."""
+    return re.sub("_reg$", "_reg4", str(name).removeprefix("dinov2_"))
 
 
 def download_weights(name):

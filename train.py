@@ -141,7 +141,7 @@ def fill_blanks(args):
     weights = args.weights or preset["weights"]
     if weights == "toy":  # it is young and learns along
         defaults |= dict(tune="all", image_size=TOY_PRESET["image_size"])
-    elif weights not in ivpt.ARCHITECTURES:
+    elif ivpt.backbone_name(weights) not in ivpt.ARCHITECTURES:
         defaults["image_size"] = None  # check_model takes that of the file
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -327,7 +327,7 @@ def open_run_folder(args):
 
 def check_model(args):
     """One line where the options make no model, before anything is downloaded."""
-    name = args.weights.removeprefix("dinov2_")
+    name = ivpt.backbone_name(args.weights)
     if name in ivpt.ARCHITECTURES:
         architecture = ivpt.ARCHITECTURES[name]
         with torch.device("meta"):  # shapes without values

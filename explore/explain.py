@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.datasets.folder import is_image_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
@@ -88,7 +87,8 @@ def explain_files(model, paths, checkpoint, amp, out):
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            files += sorted(file for file in path.rglob("*") if is_image_file(file.name))
+            images = [file for file in path.rglob("*") if file.suffix.lower() in data.SUFFIXES]
+            files += sorted(file for file in images if file.name[0] != ".")
         else:
             files.append(path)
     if not files:
