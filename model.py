@@ -40,6 +40,8 @@ for name, vit in list(ARCHITECTURES.items()):
     ARCHITECTURES[f"{name}_reg4"] = dict(vit, registers=4)
 ARCHITECTURES["toy"] = dict(width=128, depth=6, patch_size=8, pos_grid=14)  # train.py pretrains it
 
+PROTOTYPES = (17, 14, 11, 8, 5)  # of each concept layer, as in the paper
+AUTO = ("auto",)
 SMOOTHING = 1e-6  # a <- (a + 1e-6) / sum_k (a + 1e-6), so that logarithms stay finite
 
 
@@ -555,7 +557,7 @@ class IVPT(nn.Module):
 
     class_specific = False  # all classes share the prototypes
 
-    def __init__(self, backbone, num_classes, prototypes=(17, 14, 11, 8, 5),
+    def __init__(self, backbone, num_classes, prototypes=PROTOTYPES,
                  bias_after_softmax=True, fusion_mlp=True, tune="none", distance="euclidean",
                  votes="coarse", spatial_bias=True, regions=True, cross_layer=True, fusion=True):
         super().__init__()
@@ -670,6 +672,32 @@ def start_prototypes(model, dataset, seed):
         concept.prototypes.copy_(torch.cat([centres, e[background].mean(0, keepdim=True)]))
 
 
+@torch.no_grad()
+def count_prototypes(model, dataset, seed, most=16):
+    """train.py --prototypes auto: of every layer the largest number that its patches support.
+
+    Foreground patches of both halves of the images are clustered. A number counts if all clusters
+    are found again: each cluster shares with one of the other half more than half of the patches
+    in either (Jaccard index; Hennig 2007 calls a cluster below 0.5 dissolved).
+    """
+    numbers = []
+    for e, foreground, _ in sample_regions(model, dataset, seed):
+        generator = torch.Generator().manual_seed(seed)
+        e = e[foreground]
+        half = len(e) // 2
+        largest = 1
+        for K in range(2, most + 1):
+            first = torch.cdist(e, kmeans(e[:half], K, generator)).argmin(1)  # owners, (n)
+            second = torch.cdist(e, kmeans(e[half:], K, generator)).argmin(1)
+            first, second = F.one_hot(first, K).float(), F.one_hot(second, K).float()
+            shared = first.T @ second  # (K, K)
+            either = first.sum(0)[:, None] + second.sum(0) - shared
+            if (shared / either).amax(1).min() > 0.5:
+                largest = K
+        numbers.append(largest + 1)  # and the background
+    return tuple(numbers)
+
+
 def sample_regions(model, dataset, seed):
     """Training patches of every concept layer, a list of e (n, D), foreground (n), background (n).
 
@@ -761,8 +789,11 @@ def kmeans(e, K, generator):
 
 def ivpt_arguments(options):
     """Options of train.py, as a dict -> keyword arguments of IVPT."""
+    prototypes = options["prototypes"]
+    if prototypes == AUTO:  # train.py replaces these once it has seen the data
+        prototypes = PROTOTYPES
     return dict(
-        prototypes=options["prototypes"],
+        prototypes=prototypes,
         bias_after_softmax=options["bias"] == "after",
         fusion_mlp=options["fusion"] == "mlp",
         tune=options["tune"],

@@ -532,16 +532,48 @@ def test_an_ablation_takes_one_idea_away():
     torch.testing.assert_close([A.flatten(2) for A in model(images).attention], [a])
     model = ivpt.IVPT(tiny_backbone(), 3, spatial_bias=False)
     assert not any(c.bias.requires_grad or c.bias.any() for c in model.concepts)
-    a, pooled, _ = ivpt.ConceptLayer(3, 64, 9, regions=False)(e)
+    a, pooled, _ = ivpt.ConceptLayer(3, 64, (3, 3), regions=False)(e)
     shares = a / a.sum(2, keepdim=True)
     torch.testing.assert_close(pooled, torch.einsum("bkn,bnd->bkd", shares, e))
 
 
-def test_the_scaled_layer_divides_squared_distances_by_sqrt_d():
-    layer, patches = ivpt.ConceptLayer(3, 64, 9, scaled=True), torch.randn(2, 9, 64) * 30
-    e = patches / patches.square().mean(-1, keepdim=True).sqrt()
-    logits = -(e[:, None] - layer.prototypes[:, None]).square().sum(-1) / 8
-    torch.testing.assert_close(layer(patches)[0], logits.softmax(1))
+def test_relative_concepts_see_what_differs_from_the_object():
+    """The formula, written out patch by patch."""
+    layer, patches = ivpt.ConceptLayer(3, 64, (3, 4), distance="relative"), torch.randn(2, 12, 64)
+    layer.means.copy_(torch.randn(2, 64))
+    for e, a, pooled in zip(patches, *layer(patches)[:2]):
+        smooth = torch.empty(12, 64)
+        for row, column in itertools.product(range(3), range(4)):
+            around = []  # nine patches, those of the rim repeated
+            for y, x in itertools.product((row - 1, row, row + 1), (column - 1, column, column + 1)):
+                around.append(e[4 * min(max(y, 0), 2) + min(max(x, 0), 3)])
+            smooth[4 * row + column] = torch.stack(around).mean(0)
+        smooth = 8 * smooth / smooth.norm(dim=1, keepdim=True)  # 8 = sqrt(64)
+        to_object, to_rest = ((smooth - mean).norm(dim=1) for mean in layer.means)
+        assert 0 < (to_object < to_rest).sum() < 12
+        differs = smooth - smooth[to_object < to_rest].mean(0)
+        differs = 8 * differs / differs.norm(dim=1, keepdim=True)
+        d2 = (differs[None] - layer.prototypes[:, None]).square().sum(2)
+        expected = (-d2 / 16).softmax(0)  # 2 sqrt(D)
+        torch.testing.assert_close(a, expected)
+        for k in range(3):  # what is averaged are the patches as they are
+            won = expected.argmax(0) == k
+            region = (expected[k, won, None] * e[won]).sum(0) / expected[k, won].sum()
+            torch.testing.assert_close(pooled[k], region.nan_to_num())
+
+
+def test_all_votes_are_read_from_regions_of_all_layers_and_move_no_prototype():
+    model = tiny_ivpt(votes="all", distance="relative")
+    out = model(torch.randn(2, 3, 70, 70))
+    assert out.concept_logits.shape == (2, sum(PROTOTYPES) - len(PROTOTYPES), 6)
+    torch.testing.assert_close(out.logits, out.concept_logits.mean(1))
+    torch.testing.assert_close(  # the last layer's come last, each concept by its own weights
+        out.concept_logits[:, -3:],
+        torch.stack([out.features[:, g] @ model.classifier.weight[g] for g in range(3)], 1))
+    out.logits.sum().backward()
+    assert all(vote[1].weight.grad.any() for vote in model.votes)
+    assert model.fusions[0].head[0].weight.grad.any()  # the first prompts serve later votes
+    assert all(concept.prototypes.grad is None for concept in model.concepts)
 
 
 # ---------------------------------------------------------------- where the prototypes start
@@ -562,9 +594,11 @@ def test_foreground_is_what_keeps_to_the_middle_of_the_images():
     for sign in (8, -8):
         e = torch.randn(400, 8, generator=generator)
         e[:, 2] += sign * (bird | corner)
-        assert torch.equal(ivpt.find_foreground(e, rims, generator), bird)
+        foreground, background = ivpt.find_foreground(e, rims, generator)
+        assert torch.equal(foreground, bird)
+        assert background[corner].all() and not background[bird].any()
         e[:, 5] += 20 * torch.randn(400, generator=generator).sign()  # the first component, but
-        assert torch.equal(ivpt.find_foreground(e, rims, generator), bird)  # it has no middle
+        assert torch.equal(ivpt.find_foreground(e, rims, generator)[0], bird)  # it has no middle
 
 
 def test_prototypes_start_as_centres_of_the_patches_they_will_meet():
@@ -572,7 +606,7 @@ def test_prototypes_start_as_centres_of_the_patches_they_will_meet():
     images[:, :, 14:56, 14:56] += 3.0
     dataset = [(image, "no label is read") for image in images]
     for _ in range(2):
-        model = tiny_ivpt(scaled=True)
+        model = tiny_ivpt(distance="relative")
         ivpt.start_prototypes(model, dataset, seed=1)
         starts.append([concept.prototypes.detach().clone() for concept in model.concepts])
     assert all(torch.equal(a, b) for a, b in zip(*starts))
@@ -580,6 +614,15 @@ def test_prototypes_start_as_centres_of_the_patches_they_will_meet():
     won = model(images).attention[0].argmax(1)  # (16, 5, 5)
     assert (won[:, 1:4, 1:4].flatten().bincount(minlength=7)[:6] > 0).all()
     assert (won[:, 0, 0] == 6).all()
+
+
+def test_auto_counts_the_clusters_that_either_half_of_the_images_shows(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    owners = torch.randint(5, (400,), generator=generator)
+    e = 10 * torch.eye(8)[owners] + torch.randn(400, 8, generator=generator)
+    everything = torch.ones(400, dtype=torch.bool)
+    monkeypatch.setattr(ivpt, "sample_regions", lambda *_: [(e, everything, ~everything)] * 2)
+    assert ivpt.count_prototypes(None, None, seed=0) == (6, 6)  # five, and the background
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -1600,11 +1643,11 @@ def tiny_run(root, out, *more):
     return train.parse([*TINY_RUN, "--data-root", str(root), "--out", str(out), *map(str, more)])
 
 
-@pytest.mark.parametrize("recipe, after, mlp, tune, scaled, start, lr_bias", [
-    ("paper", True, True, "none", False, "noise", 2e-5),
-    ("released", False, False, "tokens", False, "noise", 2e-4),
-    ("tuned", True, True, "none", True, "kmeans", 2e-5)])
-def test_recipes(recipe, after, mlp, tune, scaled, start, lr_bias):
+@pytest.mark.parametrize("recipe, after, mlp, tune, distance, votes, start, lr_bias", [
+    ("paper", True, True, "none", "euclidean", "coarse", "noise", 2e-5),
+    ("released", False, False, "tokens", "euclidean", "coarse", "noise", 2e-4),
+    ("tuned", True, True, "none", "relative", "all", "kmeans", 2e-5)])
+def test_recipes(recipe, after, mlp, tune, distance, votes, start, lr_bias):
     args = train.parse(["--data", "cub", "--recipe", recipe])
     assert (args.weights, args.image_size, args.epochs) == ("vitb14_reg4", 518, 25)
     assert (args.batch_size, args.prototypes) == (16, (17, 14, 11, 8, 5))
@@ -1612,7 +1655,8 @@ def test_recipes(recipe, after, mlp, tune, scaled, start, lr_bias):
     assert args.start == start and train.parse(["--data", "cub"]).recipe == "paper"
     model = ivpt.build(asdict(args), 10, tiny_backbone())
     for concept in model.concepts:
-        assert concept.bias_after_softmax == after and concept.scaled == scaled
+        assert concept.bias_after_softmax == after and concept.distance == distance
+    assert len(model.votes) == (4 if votes == "all" else 0)
     assert isinstance(model.fusions[0].head, nn.Sequential) == mlp and model.tune == tune
     args = train.parse(["--data", "a/pets", "--lr", "3e-3", "--bias", "after", "--recipe", recipe])
     assert (args.lr, args.bias, args.out) == (3e-3, "after", "runs/pets")  # what is typed wins

@@ -54,6 +54,10 @@ MAY_CHANGE = {"resume", "overwrite", "device", "workers", "data", "data_root", "
               "amp", "compile", "epochs"}
 
 
+def number_or_auto(text):
+    return text if text == "auto" else int(text)
+
+
 def option(default, help, **more):
     return field(default=default, metadata=dict(help=help, **more))
 
@@ -75,8 +79,8 @@ class Options:
                          choices=list(RECIPES))
     weights: str = option(None, "vits14, vitb14, vitl14, vitg14, each also with _reg4, or a file")
     image_size: int = option(None, "side of the input in pixels, a multiple of the patch")
-    prototypes: tuple = option((17, 14, 11, 8, 5), "of each layer, the last of them background",
-                               nargs="+", type=int)
+    prototypes: tuple = option(ivpt.PROTOTYPES, "of each layer, the last of them background; "
+                               "auto: as many as the data has", nargs="+", type=number_or_auto)
     bias: str = option(None, "after or inside the softmax", choices=["after", "inside"])
     fusion: str = option(None, "head of the fusion", choices=["mlp", "linear"])
     tune: str = option(None, "what learns in the backbone", choices=["none", "tokens", "all"])
@@ -405,6 +409,9 @@ def train(args):
             from prepare.toy_vit import pretrain
             pretrain(model.backbone, dataset, args.pretrain, device, args.amp)
             ivpt.tune_backbone(model.backbone, args.tune)  # what stays frozen is frozen again
+        if args.prototypes == ivpt.AUTO:
+            args.prototypes = ivpt.count_prototypes(model, unaugmented, args.seed)
+            model = ivpt.build(asdict(args), len(dataset.classes), model.backbone).to(device)
         if args.start == "kmeans" and args.method == "ivpt":
             ivpt.start_prototypes(model, unaugmented, args.seed)
     optimizer, scheduler = make_optimizer(model, args)
@@ -426,7 +433,8 @@ def train(args):
         log.write_text("".join(lines))
         trained = sum(p.numel() for p in parameters)
         precision = "bf16" if args.amp else "fp32"
-        data.say(f"{args.method}, recipe {args.recipe}: {trained:,} trained parameters, "
+        data.say(f"{args.method}, recipe {args.recipe}, prototypes {args.prototypes}: "
+                 f"{trained:,} trained parameters, "
                  f"{len(dataset)} images of {len(dataset.classes)} classes")
         data.say(f"{device}, {precision}, processes: {world}")
 

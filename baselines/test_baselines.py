@@ -24,7 +24,7 @@ RATES = SimpleNamespace(lr=1.0, lr_prototypes=2.0, lr_bias=3.0, lr_backbone=4.0)
 
 def options_of(method, **changes):
     options = dict(method=method, weights="toy", image_size=40, prototypes=(6, 5, 4), tune="none",
-                   bias="after", fusion="mlp", distance="euclidean", no_bias=False,
+                   bias="after", fusion="mlp", distance="euclidean", votes="coarse", no_bias=False,
                    no_regions=False, no_cross_layer=False, no_fusion=False)
     return options | changes
 
