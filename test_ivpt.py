@@ -540,7 +540,7 @@ def test_an_ablation_takes_one_idea_away():
 def test_relative_concepts_see_what_differs_from_the_object():
     """The formula, written out patch by patch."""
     layer, patches = ivpt.ConceptLayer(3, 64, (3, 4), distance="relative"), torch.randn(2, 12, 64)
-    layer.means.copy_(torch.randn(2, 64))
+    layer.means.copy_(layer.directions(patches).mean(0)[[0, -1]])  # so both win some patches
     for e, a, pooled in zip(patches, *layer(patches)[:2]):
         smooth = torch.empty(12, 64)
         for row, column in itertools.product(range(3), range(4)):
@@ -1569,6 +1569,23 @@ def test_evaluate_equals_the_protocol_written_out(eight_birds):
     assert metrics["headline"]["layer"] == 2
 
 
+def test_evaluate_distinct_concepts_look_at_different_spots():
+    def score(*spots):
+        return evaluate.distinctiveness(torch.tensor([spots]))
+
+    assert score((0, 0), (0, 0)) == 0 and score((0, 0), (72, 0)) == 100 == score((0, 0), (200, 200))
+    assert score((0, 0), (36, 0)) == pytest.approx(100 * (1 - 1 / 3))  # half of each is shared
+    assert score((0, 0), (0, 0), (200, 0)) == pytest.approx(100 * 2 / 3)  # one pair of three
+    assert score((5, 5)) is None
+
+
+def test_evaluate_comprehensive_concepts_hit_every_visible_part():
+    visible = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    hits = torch.zeros(2, 4, 3, dtype=torch.bool)
+    hits[0, 0, 0] = hits[0, 1, 0] = hits[1, 3, 2] = hits[1, 2, 1] = True  # three of five parts
+    assert evaluate.comprehensiveness(hits, visible) == pytest.approx(60)
+
+
 def test_evaluate_nothing_but_the_seed_changes_the_numbers(eight_birds):
     model = RandomMaps()
     options = ({}, dict(batch_size=3), dict(batch_size=1, workers=2), dict(seed=1))
@@ -1585,6 +1602,7 @@ def test_evaluate_without_key_points(eight_birds, tmp_path):
         metrics = evaluate.evaluate(RandomMaps(), folder, 56)
         missing = {key for key, value in metrics["layers"][0].items() if value is None}
         assert missing == {"consistency", "stability", "constant_location", "over_constant",
+                           "comprehensiveness",
                            "random_location", "parts_hit"}
         assert metrics["headline"] == dict(layer=2, consistency=None, stability=None)
         assert "no key points" in metrics["unavailable"] in evaluate.table(metrics)
