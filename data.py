@@ -191,7 +191,7 @@ def class_images(folder):
             else:
                 files.append(file)
                 class_names.append(parts[0])
-    class_folders = {path.name for path in folder.glob("*/")}
+    class_folders = {path.name for path in folder.glob("*/") if path.name[0] not in ".@"}
     for name in sorted(class_folders - set(class_names)):
         skipped[f"class without images ({name!r})"] += 1
     if skipped and os.environ.get("RANK", "0") == "0":

@@ -1026,8 +1026,7 @@ def test_data_counts_and_names_once_what_it_skips_in_a_folder_of_classes(tmp_pat
         assert dataset.classes == ["ant", "zebra 1"] and len(dataset) == count
     assert capsys.readouterr().out == (
         f"{folder}/train: skipped 1 in no class folder, 3 hidden, 1 with suffix '.heic', 1 with "
-        "suffix '.jpg ', 1 broken link, 1 with suffix '', 1 class without images ('@eaDir'), "
-        "1 class without images ('gnu')\n")
+        "suffix '.jpg ', 1 broken link, 1 with suffix '', 1 class without images ('gnu')\n")
 
 
 def test_data_names_that_are_not_utf_8_reach_the_end_of_a_run(tmp_path):
