@@ -56,19 +56,18 @@ def explain(model, image, class_names, amp=False, names=None):
 
 def concept_votes(values, colours, names):
     """values: votes of the concepts of all layers, or of the last alone -> (name, vote, colour)."""
-    concepts = []
-    for l, layer_colours in enumerate(colours):
-        for k, colour in enumerate(layer_colours):
+    last = len(colours) - 1
+    all_layers = len(values) > len(colours[last])
+    votes = []
+    for l in range(0 if all_layers else last, last + 1):
+        for k, colour in enumerate(colours[l]):
             name = f"concept {k + 1}"
-            if len(values) > len(colours[-1]):
+            if all_layers:
                 name = f"layer {l + 1}, {name}"
             if names and names[l][k]:
                 name += f", {names[l][k]}"
-            concepts.append((name, colour))
-    votes = []
-    for (name, colour), value in zip(concepts[-len(values):], values):
-        votes.append((name, value, colour))
-    if len(votes) > max(10, len(colours[-1])):  # all layers vote
+            votes.append((name, values[len(votes)], colour))
+    if all_layers and len(votes) > 10:
         votes.sort(key=lambda vote: -abs(vote[1]))
         votes[10:] = [(f"all other concepts ({len(votes) - 10})", total(votes[10:]), GREY)]
     return votes

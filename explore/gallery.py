@@ -193,10 +193,9 @@ class Gallery:
         chips = []
         for layer, colours in zip(layers, self.colours()):
             chips.append([])
-            for name, colour in zip(concept_names(layer), colours):
-                number = len(chips[-1]) + 1
-                chip = CHIP.format(number=number, colour=colour, name=html.escape(name))
-                chips[-1].append(chip)
+            for k, name in enumerate(concept_names(layer)):
+                name = html.escape(name)
+                chips[-1].append(CHIP.format(number=k + 1, colour=colours[k], name=name))
         return chips
 
     def regions_section(self, chips):
@@ -314,7 +313,8 @@ title='From left to right: {points}'>image {index}: predicted <b>{guess}</b> ({p
 CONCEPTS = """<p>The nine images in which each concept claims most, and its region there. Below, the
 three parts that it hits in most images, each with the share of the images that show it: a part is
 hit within 36 of 224 pixels of the peak of the concept's map. The first names the concept, with the
-second if that is hit nearly as often. A small spread of the peaks means one fixed spot. Where every class has prototypes of its own, 1 is the first of the image's class.</p>"""
+second if that is hit nearly as often. A small spread of the peaks means one fixed spot. Where
+every class has prototypes of its own, 1 is the first of the image's class.</p>"""
 CARD = """<figure><img src='pictures/concept_{l}_{k}.jpg' alt=''><b>{chip}</b><br>{parts}<br>
 <small>{share:.3g} % of patches, peak spread {spread:.0f} px</small></figure>"""
 HIERARCHY = """<p>Each concept of the last layer, then in every layer the fine concepts that join it

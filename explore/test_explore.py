@@ -267,7 +267,7 @@ def test_bench_counts_memory_on_every_system(monkeypatch):
 def test_diagnose_prints_a_line_for_each_layer(tmp_path, monkeypatch, capsys):
     toy_birds.draw(tmp_path / "birds", num_train=1, num_test=1)
     args = train.parse(["--data", str(tmp_path / "birds"), "--weights", "toy", "--image-size", "56",
-                        "--distance", "scaled", "--device", "cpu"])
+                        "--distance", "relative", "--device", "cpu"])
     torch.manual_seed(args.seed)  # as in train.py
     model = ivpt.build(asdict(args), num_classes=10)
     ckpt = tmp_path / "last.pt"
@@ -278,5 +278,5 @@ def test_diagnose_prints_a_line_for_each_layer(tmp_path, monkeypatch, capsys):
     header, *layers = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[0] for line in layers] == ["1", "2", "3", "4", "5"]
     for line in layers:
-        assert float(line[1]) == pytest.approx(128 ** 0.5, abs=0.1)  # scaled: length sqrt(D)
+        assert float(line[1]) == pytest.approx(128 ** 0.5, abs=0.1)  # relative: length sqrt(D)
         assert float(line[3]) == 0  # prototypes have not moved yet
