@@ -450,8 +450,7 @@ def main(argv=None):
     seed = options["seed"] if args.seed is None else args.seed
     if args.image:
         from explore.explain import explain_files
-        out = Path(args.visualize or run / "explained")
-        return explain_files(model, args.image, checkpoint, amp, out)
+        return explain_files(model, args.image, checkpoint, amp, run, args.visualize)
 
     images = load_images(checkpoint, args.data, args.data_root, args.split)
     gallery = None

@@ -2,6 +2,7 @@
 
     python explore/explain.py --ckpt runs/cub/last.pt bird.jpg folder_of_images --out pictures
 """
+import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -12,42 +13,68 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import evaluate
-from explore.gallery import concept_colours, panels, to_image
+from explore.gallery import concept_colours, concept_names, panels, to_image
+
+GREY = (128, 128, 128)
 
 
 class Explanation(NamedTuple):
     classes: dict  # name -> percent, the five likeliest
-    votes: dict    # name of a coarse concept -> vote
+    votes: list    # (name of a concept, its vote, its colour)
     maps: list     # (K, h, w) of every layer
     colours: list  # of every layer: (r, g, b) of K - 1 concepts
 
 
 @torch.inference_mode()
-def explain(model, image, class_names, amp=False):
-    """image (3, S, S) normalised -> Explanation.
+def explain(model, image, class_names, amp=False, names=None):
+    """image (3, S, S) normalised -> Explanation. names: concept_names of every layer.
 
-    A coarse concept's vote is its score of the winner less that of the runner-up, over G. Above
-    zero it speaks for the winner. The votes sum to the margin between the two logits. Where every
-    class has prototypes of its own, those of the other classes have one vote together."""
+    A concept's vote is its score of the winner less that of the runner-up, over the number of
+    concepts that vote. Above zero it speaks for the winner. The votes sum to the margin between
+    the two logits. Where all layers vote, the ten strongest votes come first, the sum of the others
+    last. Where every class has prototypes of its own, those of other classes vote as one."""
     output = evaluate.forward(model, image[None], amp=amp)
     logits = output.logits[0].float()
     percents = 100 * logits.softmax(0)
     order = logits.argsort(descending=True, stable=True).tolist()
     classes = {class_names[c]: percents[c].item() for c in order[:5]}
 
-    winner, runner_up = order[:2]
-    votes = {}
-    if output.concept_logits is not None:
-        scores = output.concept_logits[0].float()  # (G, C)
-        votes_of_concepts = (scores[:, winner] - scores[:, runner_up]) / len(scores)
-        for g, vote in enumerate(votes_of_concepts.tolist(), start=1):
-            votes[f"concept {g}"] = vote
-    if model.class_specific:
-        margin = (logits[winner] - logits[runner_up]).item()
-        votes["prototypes of other classes"] = margin - sum(votes.values())
     maps = [layer[0].cpu() for layer in output.attention]
     parents = [groups[0].argmax(1).tolist() for groups in output.groups]
-    return Explanation(classes, votes, maps, concept_colours(model.prototypes, parents))
+    colours = concept_colours(model.prototypes, parents)
+    winner, runner_up = order[:2]
+    votes = []
+    if output.concept_logits is not None:
+        scores = output.concept_logits[0].float()  # (concepts that vote, C)
+        values = (scores[:, winner] - scores[:, runner_up]) / len(scores)
+        votes = concept_votes(values.tolist(), colours, names)
+    if model.class_specific:
+        margin = (logits[winner] - logits[runner_up]).item()
+        votes.append(("prototypes of other classes", margin - total(votes), GREY))
+    return Explanation(classes, votes, maps, colours)
+
+
+def concept_votes(values, colours, names):
+    """values: votes of the concepts of all layers, or of the last alone -> (name, vote, colour)."""
+    last = len(colours) - 1
+    all_layers = len(values) > len(colours[last])
+    votes = []
+    for l in range(0 if all_layers else last, last + 1):
+        for k, colour in enumerate(colours[l]):
+            name = f"concept {k + 1}"
+            if all_layers:
+                name = f"layer {l + 1}, {name}"
+            if names and names[l][k]:
+                name += f", {names[l][k]}"
+            votes.append((name, values[len(votes)], colour))
+    if all_layers and len(votes) > 10:
+        votes.sort(key=lambda vote: -abs(vote[1]))
+        votes[10:] = [(f"all other concepts ({len(votes) - 10})", total(votes[10:]), GREY)]
+    return votes
+
+
+def total(votes):
+    return sum(vote for _, vote, _ in votes)
 
 
 def describe(explanation):
@@ -56,11 +83,11 @@ def describe(explanation):
     for name, percent in explanation.classes.items():
         lines.append(f"{percent:5.1f} %  {name}")
     if explanation.votes:
-        total = sum(explanation.votes.values())
-        lines.append(f"votes for the first class against the second, in all {total:+.2f}:")
+        margin = total(explanation.votes)
+        lines.append(f"votes for the first class against the second, in all {margin:+.2f}:")
     else:
         lines.append("no votes: the classes are read from the cls token")
-    for name, vote in explanation.votes.items():
+    for name, vote, _ in explanation.votes:
         lines.append(f"{vote:+6.2f}  {name}")
     return lines
 
@@ -71,7 +98,7 @@ def draw(picture, explanation):
     strip = to_image(row, columns=len(row))
     lines = describe(explanation)
     colours = ["black"] * (len(lines) - len(explanation.votes))
-    colours += explanation.colours[-1] + ["grey"]
+    colours += [colour for _, _, colour in explanation.votes]
     size = max(480, strip.width), strip.height + 22 * len(lines) + 8
     sheet = Image.new("RGB", size, "white")
     sheet.paste(strip)
@@ -82,8 +109,9 @@ def draw(picture, explanation):
     return sheet
 
 
-def explain_files(model, paths, checkpoint, amp, out):
-    """Explains images, and all images of folders: prints the text, draws out/NUMBER_NAME.png."""
+def explain_files(model, paths, checkpoint, amp, run, out=None):
+    """Explains images, and all images of folders: prints the text, draws out/NUMBER_NAME.png.
+    run: the checkpoint's folder; its metrics.json, if it is there, names the concepts."""
     files = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -93,11 +121,16 @@ def explain_files(model, paths, checkpoint, amp, out):
             files.append(path)
     if not files:
         raise ValueError(f"{', '.join(map(str, paths))}: no image there")
+    names = None
+    if (run / "metrics.json").is_file():
+        metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+        names = [concept_names(layer) for layer in metrics["layers"]]
+    out = Path(out or run / "explained")
     out.mkdir(parents=True, exist_ok=True)
     for number, file in enumerate(files, start=1):
         image = data.read_image(file, upright=True)
         image = data.to_tensor(data.test_view(image, checkpoint["options"]["image_size"]))
-        explanation = explain(model, image, checkpoint["classes"], amp)
+        explanation = explain(model, image, checkpoint["classes"], amp, names)
         target = out / f"{number}_{file.stem}.png"
         draw(data.denormalize(image), explanation).save(target)
         data.say("\n".join([f"{file}, drawn in {target}", *describe(explanation), ""]))
@@ -110,8 +143,8 @@ def main(argv=None):
     parser.add_argument("--out", help="folder of the pictures; default: explained, in the run's")
     args = parser.parse_args(argv)
     model, checkpoint = evaluate.load_run(args.ckpt)
-    out = Path(args.out or Path(args.ckpt).parent / "explained")
-    explain_files(model, args.images, checkpoint, checkpoint["options"]["amp"], out)
+    amp = checkpoint["options"]["amp"]
+    explain_files(model, args.images, checkpoint, amp, Path(args.ckpt).parent, args.out)
 
 
 if __name__ == "__main__":

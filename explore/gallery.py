@@ -53,6 +53,15 @@ def shade(hue, lightness):
     return tuple(round(255 * value) for value in colorsys.hls_to_rgb(hue, lightness, 0.8))
 
 
+def concept_names(layer):
+    """A layer's metrics -> for each concept the part that it hits in most images, the two parts if
+    it hits the second nearly as often, or "" where it hits none or none are annotated."""
+    names = []
+    for parts in layer["parts_hit"] or [[]] * (layer["prototypes"] - 1):
+        names.append(" and ".join(part for part, share in parts[:2] if share > 0.9 * parts[0][1]))
+    return names
+
+
 def upsample(maps, side):
     """maps (K, h, w) -> (K, side, side)."""
     return F.interpolate(maps[None].float(), size=(side, side), mode="bicubic")[0]
@@ -165,11 +174,12 @@ class Gallery:
             for k, claims in enumerate(layer_claims, start=1):
                 if claims:
                     self.sheet(claims).save(pictures / f"concept_{l}_{k}.jpg", quality=88)
+        chips = self.chips(metrics["layers"])
         sections = dict(
             Numbers=f"<pre>{html.escape(evaluate.table(metrics))}</pre>",
-            Regions=self.regions_section(),
-            Concepts=self.concepts_section(metrics["layers"]),
-            Hierarchy=self.hierarchy_section(),
+            Regions=self.regions_section(chips),
+            Concepts=self.concepts_section(metrics["layers"], chips),
+            Hierarchy=self.hierarchy_section(chips),
             Training=curves_section(log))
         links = ""
         body = ""
@@ -178,12 +188,21 @@ class Gallery:
             body += f"<h2 id={title}>{title}</h2>{text}"
         (folder / "index.html").write_text(PAGE.format(links=links, body=body), encoding="utf-8")
 
-    def regions_section(self):
+    def chips(self, layers):
+        """The layers' metrics -> of every layer each concept's number, colour and name, as HTML."""
+        chips = []
+        for layer, colours in zip(layers, self.colours()):
+            chips.append([])
+            for k, name in enumerate(concept_names(layer)):
+                name = html.escape(name)
+                chips[-1].append(CHIP.format(number=k + 1, colour=colours[k], name=name))
+        return chips
+
+    def regions_section(self, chips):
         names = [re.sub(r"^\d+\.", "", name).replace("_", " ") for name in self.images.classes]
         text = REGIONS + "<div class=legend><b>image</b>"
-        for l, colours in enumerate(self.colours(), start=1):
-            chips = "".join(chip(k, colour) for k, colour in enumerate(colours, start=1))
-            text += f"<div><b>layer {l}</b><br>{chips}</div>"
+        for l, layer_chips in enumerate(chips, start=1):
+            text += f"<div><b>layer {l}</b><br>{''.join(layer_chips)}</div>"
         text += "</div>"
         for index, (_, guess, probability) in sorted(self.examples.items()):
             truth = self.images.labels[index].item()
@@ -196,51 +215,46 @@ class Gallery:
                 look="right" if guess == truth else "wrong")
         return text
 
-    def concepts_section(self, layers):
+    def concepts_section(self, layers, chips):
         text = CONCEPTS
-        for l, (layer, colours) in enumerate(zip(layers, self.colours())):
+        for l, layer in enumerate(layers):
             text += f"<h3>Layer {l + 1}</h3><div class=cards>"
-            for k, colour in enumerate(colours):
+            for k, chip in enumerate(chips[l]):
                 if not self.claims[l][k]:
-                    text += f"<div>{chip(k + 1, colour)} never wins a patch</div>"
+                    text += f"<div>{chip} never wins a patch</div>"
                     continue
                 parts = layer["parts_hit"][k] if layer["parts_hit"] else []
                 parts = ", ".join(f"{part} {share:.0f} %" for part, share in parts)
                 text += CARD.format(
-                    l=l + 1, k=k + 1, chip=chip(k + 1, colour), parts=html.escape(parts),
+                    l=l + 1, k=k + 1, chip=chip, parts=html.escape(parts),
                     share=100 * layer["wins"][k] / sum(layer["wins"]),
                     spread=layer["peak_spreads"][k])
             text += "</div>"
         return text
 
-    def hierarchy_section(self):
+    def hierarchy_section(self, chips):
         """A row for each coarse concept: in every layer the fine concepts that join it most."""
         if not self.groups:
             return "<p>This model groups nothing: no hierarchy.</p>"
-        colours = self.colours()
         heads = "".join(f"<th>layer {l + 1}" for l in range(len(self.groups)))
-        text = f"{HIERARCHY}<tr><th>layer {len(colours)}{heads}"
-        for g, colour in enumerate(colours[-1]):
-            text += "<tr><td>" + self.thumbnail(len(colours) - 1, g, colour, "")
+        text = f"{HIERARCHY}<tr><th>layer {len(chips)}{heads}"
+        for g, chip in enumerate(chips[-1]):
+            text += "<tr><td>" + self.thumbnail(len(chips) - 1, g, chip, "")
             for l, groups in enumerate(self.groups):
                 text += "<td>"
                 parents = groups.argmax(1).tolist()
                 for k, parent in enumerate(parents):
                     if parent == g and self.claims[l][k]:
                         share = 100 * groups[k, g] / groups[k].sum()
-                        text += self.thumbnail(l, k, colours[l][k], f"{share:.0f} %")
+                        text += self.thumbnail(l, k, chips[l][k], f"{share:.0f} %")
         return text + "</table>"
 
-    def thumbnail(self, l, k, colour, note):
-        """A concept's strongest claim, its number and a note."""
+    def thumbnail(self, l, k, chip, note):
+        """A concept's strongest claim, its chip and a note."""
         image = ""
         if self.claims[l][k]:
             image = f"<img src='pictures/concept_{l + 1}_{k + 1}.jpg' alt=''>"
-        return f"<div class=first><div>{image}</div>{chip(k + 1, colour)} {note}</div>"
-
-
-def chip(number, colour):
-    return f"<i style='background:rgb{colour}'>{number}</i>"
+        return f"<div class=first><div>{image}</div>{chip} {note}</div>"
 
 
 def curves_section(log):
@@ -280,9 +294,10 @@ polyline {{ fill: none; stroke: #2563a8 }}
 .right {{ color: #17663a }}
 .wrong {{ color: #a32020 }}
 .legend {{ position: sticky; top: 0; background: white; padding: 6px 0 }}
+.legend span {{ display: none }}
 .legend {{ display: grid; gap: 5px; grid-auto-flow: column; grid-auto-columns: 1fr }}
 .cards {{ display: grid; gap: 20px; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)) }}
-.first {{ display: inline-block; width: 76px; margin: 3px; font-size: 12px }}
+.first {{ display: inline-block; width: 76px; margin: 3px; font-size: 12px; vertical-align: top }}
 .first div {{ height: 76px; overflow: hidden }}
 .first img {{ width: 300% }}
 </style><h1>What each concept sees</h1>{links}{body}
@@ -290,15 +305,17 @@ polyline {{ fill: none; stroke: #2563a8 }}
 REGIONS = """<p>The image with its key points, the regions of every layer; pale is background.
 A concept of the last layer has a hue, a fine concept is a shade of the one that it joins most.
 Where a model groups nothing, colours start afresh in every layer. Rest the pointer on a row to
-read the names of its key points.</p>"""
+read the names of its key points, on a number to read the name of its concept.</p>"""
+CHIP = "<i style='background:rgb{colour}' title='{name}'>{number}</i><span> {name}</span>"
 EXAMPLE = """<figure><img src='pictures/image_{index}.jpg' alt=''
 title='From left to right: {points}'>image {index}: predicted <b>{guess}</b> ({percent:.0f} %),
 <span class={look}>truly {truth}</span></figure>"""
 CONCEPTS = """<p>The nine images in which each concept claims most, and its region there. Below, the
 three parts that it hits in most images, each with the share of the images that show it: a part is
-hit within 36 of 224 pixels of the peak of the concept's map. A small spread of the peaks means one
-fixed spot. Where every class has prototypes of its own, 1 is the first of the image's class.</p>"""
-CARD = """<figure><img src='pictures/concept_{l}_{k}.jpg' alt=''>{chip} {parts}<br>
+hit within 36 of 224 pixels of the peak of the concept's map. The first names the concept, with the
+second if that is hit nearly as often. A small spread of the peaks means one fixed spot. Where
+every class has prototypes of its own, 1 is the first of the image's class.</p>"""
+CARD = """<figure><img src='pictures/concept_{l}_{k}.jpg' alt=''><b>{chip}</b><br>{parts}<br>
 <small>{share:.3g} % of patches, peak spread {spread:.0f} px</small></figure>"""
 HIERARCHY = """<p>Each concept of the last layer, then in every layer the fine concepts that join it
 most, with the mean grouping over the images where they win a patch.</p><table>"""

@@ -1,5 +1,6 @@
 """What the gallery and the explanation of an image show, on small inputs."""
 import colorsys
+import json
 import math
 import re
 import sys
@@ -59,6 +60,18 @@ class FakeModel(torch.nn.Module):
         if self.class_specific:
             logits = logits + torch.tensor([0.25, 0.0])  # what prototypes of other classes add
         return ivpt.Output(logits, votes, attention, [groups] if self.grouped else [], [], None)
+
+
+def concept_layers():
+    """Metrics of FakeModel's layers; concept 2 of each hits two parts about as often."""
+    layers = []
+    for K in FakeModel.prototypes:
+        layer = dict.fromkeys((name for name, _ in evaluate.ROWS), 7)
+        layer |= dict(prototypes=K, wins=[10] * K, peak_spreads=[31.0] * (K - 1))
+        layer["parts_hit"] = [[["beak & eye", 87.4], ["tail", 3.0]]] * (K - 1)
+        layer["parts_hit"][1] = [["tail", 50.0], ["beak & eye", 48.0]]
+        layers.append(layer)
+    return layers
 
 
 def hue(colour):
@@ -125,14 +138,8 @@ def test_the_pages(tmp_path, grouped):
     pages = gallery.Gallery(model, images)
     for batch, _, _, indices in torch.utils.data.DataLoader(images, 5):
         pages.add(evaluate.forward(model, batch), indices)
-    layers = []
-    for K in model.prototypes:
-        layer = dict.fromkeys((name for name, _ in evaluate.ROWS), 7)
-        layer |= dict(wins=[10] * K, peak_spreads=[31.0] * (K - 1))
-        layer["parts_hit"] = [[["beak & eye", 87.4]]] * (K - 1)
-        layers.append(layer)
-    metrics = dict(accuracy=50.0, layers=layers, headline=dict(layer=0), unavailable=None,
-                   protocol=dict(images=12))
+    metrics = dict(accuracy=50.0, layers=concept_layers(), headline=dict(layer=0),
+                   unavailable=None, protocol=dict(images=12))
     log = tmp_path / "log.jsonl"
     log.write_text('{"loss": 3.5}\n{"loss": 2.5, "bad": NaN}\n{"lo')  # the end was cut off
     pages.write(tmp_path / "a", metrics, log)
@@ -143,9 +150,21 @@ def test_the_pages(tmp_path, grouped):
     assert "Black &lt;b&gt;bird" in page and "<b>bird" not in page
     assert "title='From left to right: tail, beak &amp; eye'" in page
     assert "beak &amp; eye 87 %" in page and "31 px" in page and "accuracy 50.0 %" in page
+    chips = re.findall(r"title='([^']+)'>(\d)</i><span> ([^<]+)</span>", page)
+    names = ["beak &amp; eye", "tail and beak &amp; eye", "beak &amp; eye"]
+    once = [(name, str(k), name) for l in (3, 2) for k, name in enumerate(names[:l], start=1)]
+    assert chips[:10] == once + once  # in the legend, on the cards
+    assert len(chips) == (15 if grouped else 10)  # and in the hierarchy
     assert "2.5 to 3.5, 2 epochs" in page and "bad" not in page
     assert ("90 %" in page and "80 %" in page) == grouped and ("no hierarchy" in page) != grouped
     assert "http" not in page and "<script" not in page  # one folder, to be looked at offline
+
+
+def test_concepts_are_named_by_the_parts_they_hit_most():
+    hits = [[["back", 60.0], ["nape", 53.0], ["tail", 9.0]], [["beak", 60.0], ["tail", 57.0]], []]
+    layer = dict(prototypes=4, parts_hit=hits)
+    assert gallery.concept_names(layer) == ["back", "beak and tail", ""]
+    assert gallery.concept_names(dict(prototypes=4, parts_hit=None)) == ["", "", ""]
 
 
 def test_votes_sum_to_the_margin_of_the_logits():
@@ -153,10 +172,12 @@ def test_votes_sum_to_the_margin_of_the_logits():
     found = explain.explain(model, image, FakeImages.classes)
     assert list(found.classes) == FakeImages.classes
     assert sum(found.classes.values()) == pytest.approx(100, abs=1e-3)
-    assert found.votes == {"concept 1": 1.0, "concept 2": -0.5}  # over G = 2
+    first, second = found.colours[-1]
+    assert found.votes == [("concept 1", 1.0, first), ("concept 2", -0.5, second)]  # over G = 2
     model.class_specific = True
     votes = explain.explain(model, image, FakeImages.classes).votes
-    assert votes["prototypes of other classes"] == pytest.approx(0.25)
+    name, vote, _ = votes[2]
+    assert name == "prototypes of other classes" and vote == pytest.approx(0.25)
     lines = explain.describe(found)
     assert lines[0] == " 62.2 %  001.Black_<b>bird" and "in all +0.50" in lines[2]
     assert lines[3:] == [" +1.00  concept 1", " -0.50  concept 2"]
@@ -164,6 +185,36 @@ def test_votes_sum_to_the_margin_of_the_logits():
     shown = {colour for _, colour in sheet.getcolors(10 ** 6)}
     assert set(found.colours[-1]) <= shown  # a vote has the colour of its concept's regions
     assert hue(found.colours[0][1]) == pytest.approx(hue(found.colours[1][1]), abs=0.02)
+
+
+@pytest.mark.parametrize("votes", ["coarse", "all"])
+def test_votes_of_all_layers_sum_to_the_margin(votes):
+    torch.manual_seed(0)
+    model = ivpt.IVPT(ivpt.load_backbone("toy", 56), 3, votes=votes).eval()
+    image = torch.randn(3, 56, 56)
+    sizes = [K - 1 for K in model.prototypes]
+    names = [[f"part {l}.{k}" for k in range(K)] for l, K in enumerate(sizes)]
+    found = explain.explain(model, image, ["a", "b", "c"], names=names)
+    with torch.no_grad():
+        output = model(image[None])
+    logits, classes = output.logits[0].sort(descending=True)
+    scores = output.concept_logits[0][:, classes]
+    expected = (scores[:, 0] - scores[:, 1]) / len(scores)
+    total = sum(vote for _, vote, _ in found.votes)
+    assert total == pytest.approx((logits[0] - logits[1]).item(), abs=1e-5)
+    if votes == "coarse":
+        concepts, order = [(4, k) for k in range(4)], range(4)
+    else:
+        concepts = [(l, k) for l, K in enumerate(sizes) for k in range(K)]
+        order = expected.abs().argsort(descending=True)[:10]
+        assert found.votes[10][0] == "all other concepts (40)" and len(found.votes) == 11
+    for (name, vote, colour), i in zip(found.votes, order):
+        l, k = concepts[i]
+        layer = "" if votes == "coarse" else f"layer {l + 1}, "
+        assert name == f"{layer}concept {k + 1}, part {l}.{k}"
+        assert vote == pytest.approx(expected[i].item(), abs=1e-5)
+        assert colour == found.colours[l][k]
+    assert len(explain.describe(found)) == 3 + 1 + len(found.votes)
 
 
 def test_the_scripts(tmp_path, monkeypatch, capsys):
@@ -183,9 +234,10 @@ def test_the_scripts(tmp_path, monkeypatch, capsys):
     explain.main([*ckpt, str(birds), str(birds / "a.png")])
     drawn = sorted(file.name for file in (tmp_path / "run" / "explained").iterdir())
     assert drawn == ["1_a.png", "2_b.png", "3_a.png"] and len(list(birds.rglob("*"))) == 4
-    capsys.readouterr()  # forget what explain.main printed
+    assert "-0.50  concept 2\n" in capsys.readouterr().out
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(dict(layers=concept_layers())))
     evaluate.main([*ckpt, "--image", str(birds / "more")])
-    assert "-0.50  concept 2" in capsys.readouterr().out
+    assert "-0.50  concept 2, tail and beak & eye\n" in capsys.readouterr().out
     gallery.main([*ckpt, "--strip", str(tmp_path / "strip.jpg"), "--images", "3", "7"])
     assert Image.open(tmp_path / "strip.jpg").size == (3 * 61 + 5, 2 * 61 + 5)
     with pytest.raises(ValueError, match="expected numbers from 0 to 11"):
@@ -226,5 +278,5 @@ def test_diagnose_prints_a_line_for_each_layer(tmp_path, monkeypatch, capsys):
     header, *layers = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[0] for line in layers] == ["1", "2", "3", "4", "5"]
     for line in layers:
-        assert float(line[1]) == pytest.approx(128 ** 0.5, abs=0.1)  # length sqrt(D)
+        assert float(line[1]) == pytest.approx(128 ** 0.5, abs=0.1)  # relative: length sqrt(D)
         assert float(line[3]) == 0  # prototypes have not moved yet
