@@ -32,7 +32,7 @@ RANDOM_DRAWS = 10   # the random control is a mean over these
 METHOD = ("method", "recipe", "bias", "fusion", "tune", "start", "distance", "votes",
           "no_bias", "no_regions", "no_cross_layer", "no_fusion")  # options that name the method
 PART_METRICS = ("consistency", "stability", "constant_location", "over_constant",
-                "random_location", "comprehensiveness", "parts_hit")  # None where no key point is visible
+                "random_location", "comprehensiveness", "parts_hit")  # None without key points
 
 
 # ---- 1. The metrics: maps -> peaks -> hit parts -> percentages ---------------------------------

@@ -37,10 +37,11 @@ import model as ivpt
 # ------------------------------------------------------------------------------ recipes and presets
 # The paper's text and the authors' program differ in the bias, the fusion head and what is trained.
 # lr_bias is ours: at the paper's 2e-4 a bias after the softmax makes all images' maps the same.
-PAPER = dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5, start="noise",
+PAPER = dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5, lr_fusion=1e-2, start="noise",
              distance="euclidean", votes="coarse")
 RELEASED = PAPER | dict(bias="inside", fusion="linear", tune="tokens", lr_bias=2e-4)
-TUNED = PAPER | dict(start="kmeans", distance="relative", votes="all")  # ours: follow the parts
+# Ours: concepts follow parts, and all of them vote; then fast prompts learn images by heart.
+TUNED = PAPER | dict(start="kmeans", distance="relative", votes="all", lr_fusion=1e-4)
 RECIPES = {"paper": PAPER, "released": RELEASED, "tuned": TUNED}
 
 # The data set's preset. What the command line leaves open is filled in from here.
@@ -95,7 +96,8 @@ class Options:
     pretrain: int = option(None, "epochs in which the toy ViT, which has no file, learns first")
     epochs: int = option(None, "passes over the training images; rates halve every four")
     batch_size: int = option(16, "images of an optimiser step, over all processes")
-    lr: float = option(None, "rate of class head, grouping, fusion head and LayerNorms")
+    lr: float = option(None, "rate of class head, grouping and LayerNorms")
+    lr_fusion: float = option(None, "rate of the fusion heads, which make prompts")
     lr_prototypes: float = option(None, "rate of prototypes, prompts and tuned tokens")
     lr_bias: float = option(None, "rate of the spatial bias: too high, and regions stand still")
     lr_backbone: float = option(None, "rate of the backbone under --tune all")
@@ -288,11 +290,14 @@ def method_losses(model, images, labels, theta):
 # --------------------------------------------------------------------------------- the optimiser
 def parameter_groups(model, args):
     """IVPT's learning rates, at batch 16."""
-    heads = [*model.fusions.parameters(), *model.norm.parameters()]
+    heads, fusion_heads = [*model.norm.parameters()], []
+    for name, parameter in model.fusions.named_parameters():
+        (fusion_heads if ".head." in name else heads).append(parameter)
     votes = [*model.classifier.parameters(), *model.votes.parameters()]
     tuned = [p for p in model.backbone.parameters() if p.requires_grad]
     return [
         dict(params=heads, lr=args.lr),
+        dict(params=fusion_heads, lr=args.lr_fusion),
         dict(params=votes, lr=args.lr, weight_decay=0.5 if args.votes == "all" else 0.0),
         dict(params=[concept.prototypes for concept in model.concepts], lr=args.lr_prototypes),
         dict(params=[concept.bias for concept in model.concepts], lr=args.lr_bias),
