@@ -410,7 +410,9 @@ class ConceptLayer(nn.Module):
 
     def prepare(self, patches):
         """Patches (B, N, D) as the prototypes meet them."""
-        return self.relative(patches) if self.distance == "relative" else patches
+        if self.distance == "relative":
+            return self.relative(patches.detach())
+        return patches
 
     def directions(self, patches):
         """Patches (B, N, D), each averaged with its neighbours and brought to length sqrt(D)."""
@@ -419,9 +421,9 @@ class ConceptLayer(nn.Module):
         return to_length(maps.flatten(2).transpose(1, 2))
 
     def relative(self, patches):
-        """Directions without the mean direction of the object: species and light go, parts stay.
+        """Directions less their mean over the object: species and light go, parts stay.
 
-        An image's object are the patches that are nearer the mean of objects than of all others.
+        An image's object is the set of patches nearer the mean of objects than that of all else.
         """
         e = self.directions(patches)  # (B, N, D)
         is_object = torch.cdist(e, self.means.to(e).expand(len(e), -1, -1)).argmin(2) == 0
