@@ -43,8 +43,8 @@ SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
 def find(data, data_root=None):
     """The folder of a data set. "toy" is drawn and "cub" is downloaded at first use.
 
-    data: "toy", "cub" or a folder. data_root: the folder of data sets, by default ~/.cache/ivpt.
-    Raises OSError where there is none.
+    data: "toy", "cub" or a folder. data_root: where data sets are, by default ~/.cache/ivpt; a
+    folder's default is the working directory. Raises OSError where there is no such data.
     """
     root = Path(data_root or "~/.cache/ivpt").expanduser()
     if data == "toy":
@@ -53,10 +53,12 @@ def find(data, data_root=None):
         except ImportError as error:
             raise FileNotFoundError(f"--data toy: {error}; it needs the folder prepare/") from None
         folder = root / toy_birds.FOLDER
+    elif data == "cub" and not missing_lists(root):
+        folder = root
     elif data == "cub":
-        folder = root / "CUB_200_2011" if missing_lists(root) else root
+        folder = root / "CUB_200_2011"
     else:
-        folder = Path(data_root or "").expanduser() / Path(data).expanduser()
+        folder = Path(data_root or "", data).expanduser()
         if not folder.is_dir():
             raise FileNotFoundError(f"--data {data}: no such folder; expected toy, cub or a folder")
     if folder.is_dir():
@@ -66,21 +68,17 @@ def find(data, data_root=None):
         raise FileNotFoundError(f"{folder} is missing; before torchrun, run {command}")
     if data == "toy":
         toy_birds.draw(folder)
-    else:
-        download_cub(root)
-    return folder
-
-
-def download_cub(root):
+        return folder
     try:
         download_and_extract_archive(CUB_URL, root, md5=CUB_MD5)
     except (OSError, RuntimeError) as error:
         raise OSError(f"{CUB_URL}: {error}; fetch it yourself and put it into {root}") from None
+    return folder
 
 
 # ---- 2. The two layouts --------------------------------------------------------------------------
 def missing_lists(folder):
-    """What CUB's layout needs and the folder lacks. Other files do not count."""
+    """What CUB's layout needs and the folder lacks."""
     return [name for name in CUB_LISTS if not (folder / name).is_file()]
 
 
@@ -139,10 +137,10 @@ def read_cub(folder):
 
 
 def read_list(path, columns):
-    """The rows of a list, split into fields; the last may contain spaces. None without the file."""
+    """The rows of a list, split into fields; the last may contain spaces. No file, no rows."""
     if not path.is_file():
         return []
-    # Names may be in another encoding, if files are called so. Windows may put a mark in front.
+    # Windows may put a mark in front (-sig). A file's name may be in any encoding.
     lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     rows = [line.strip().split(maxsplit=columns - 1) for line in lines if line.strip()]
     for row in rows:
@@ -152,16 +150,16 @@ def read_list(path, columns):
 
 
 def read_class_folders(folder):
-    """train/CLASS/IMAGE and test/CLASS/IMAGE, or val/CLASS/IMAGE. test/ may lack classes."""
+    """train/CLASS/IMAGE and test/CLASS/IMAGE, or val/CLASS/IMAGE where test/ has no classes."""
     train_files, train_names = class_images(folder / "train")
-    for test in (folder / "test", folder / "val"):
-        test_files, test_names = class_images(test)
-        if set(test_names) & set(train_names):
-            break
-    else:
-        raise FileNotFoundError(f"{folder}: no class has images in train/ and in test/ or val/")
     classes = sorted(set(train_names))
     label_of = {name: label for label, name in enumerate(classes)}
+    for test in (folder / "test", folder / "val"):
+        test_files, test_names = class_images(test)
+        if label_of.keys() & test_names:
+            break
+    else:  # neither
+        raise FileNotFoundError(f"{folder}: no class has images in train/ and in test/ or val/")
     for name in test_names:
         if name not in label_of:
             raise ValueError(f"{test / name}: there is no such class in train/")
@@ -179,28 +177,25 @@ def class_images(folder):
     for place, _, names in sorted(os.walk(folder, followlinks=True)):
         for name in sorted(names):
             file = Path(place, name)
-            parts = file.relative_to(folder).parts  # CLASS, perhaps more folders, the file's name
-            if any(part[0] in ".@" for part in parts):  # of operating systems and tools
+            below = file.relative_to(folder).parts  # CLASS, perhaps more folders, the file's name
+            if any(word[0] in ".@" for word in below):  # of operating systems and tools
                 skipped["hidden"] += 1
             elif file.suffix.lower() not in SUFFIXES:
                 skipped[f"with suffix {file.suffix!r}"] += 1
             elif not file.is_file():
                 skipped["broken link"] += 1
-            elif len(parts) == 1:
+            elif len(below) == 1:
                 skipped["in no class folder"] += 1
             else:
                 files.append(file)
-                class_names.append(parts[0])
+                class_names.append(below[0])
     class_folders = {path.name for path in folder.glob("*/") if path.name[0] not in ".@"}
     for name in sorted(class_folders - set(class_names)):
         skipped[f"class without images ({name!r})"] += 1
-    if skipped and os.environ.get("RANK", "0") == "0":
+    if skipped:
         kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.items())
         say_once(f"{folder}: skipped {kinds}")
     return files, class_names
-
-
-say_once = functools.cache(lambda text: say(text))  # a folder is read more than once in a run
 
 
 # ---- 3. From a file to a tensor ------------------------------------------------------------------
@@ -214,22 +209,27 @@ def read_image(path, upright=False):
         with Image.open(path) as file:
             file.load()  # some formats know size and mode only now
             image = ImageOps.exif_transpose(file) if upright else file
-            if image.mode.startswith(("I", "F")):  # convert() would clip at 255
-                values = np.asarray(image)
-                low, high = values.min(), values.max()
-                if image.mode == "F" or low < 0 or high > 65535:
-                    found = f"its pixels are {values.dtype} from {low:g} to {high:g}"
-                    raise ValueError(f"{found}; expected 8 or 16 bits")
-                if high > 255:
-                    values = values / 256
-                image = Image.fromarray(values.astype(np.uint8))
+            if image.mode.startswith(("I", "F")):
+                image = to_8_bits(image)
             if image.has_transparency_data:
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, RuntimeError,  # RuntimeError: AVIF
+    except (OSError, ValueError, SyntaxError, EOFError, RuntimeError,  # each of some format
             Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image ({error})") from None
+
+
+def to_8_bits(image):
+    """A grey image of 16 or 32 bits, which Pillow's convert() would clip at 255."""
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if image.mode == "F" or low < 0 or high > 65535:
+        found = f"its pixels are {values.dtype} from {low:g} to {high:g}"
+        raise ValueError(f"{found}; expected 8 or 16 bits")
+    if high > 255:
+        values = values / 256
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def test_view(image, S):
@@ -283,8 +283,7 @@ class Images(torch.utils.data.Dataset):
         self.seed = seed
         self.epoch = 0  # train.py counts it up: the augmentation depends on it
 
-        found = read_folder(self.folder)
-        classes, parts, files, labels, for_training, boxes, keypoints = found
+        classes, parts, files, labels, for_training, boxes, keypoints = read_folder(self.folder)
         self.classes = [name.encode(errors="replace").decode() for name in classes]  # printable
         self.parts = [name.encode(errors="replace").decode() for name in parts]
         rows = [row for row, train in enumerate(for_training) if train == (split != "test")]
@@ -300,7 +299,7 @@ class Images(torch.utils.data.Dataset):
         self.keypoints = torch.tensor(keypoints[rows]).float()
         low = boxes[rows, :2]
         high = low + boxes[rows, 2:]
-        self.corners = np.trunc(np.stack((low, high), axis=1))  # (n, 2, 2), whole as in the metric
+        self.corners = np.trunc(np.stack((low, high), axis=1))  # (n, 2, 2), as Huang et al. do
         self.upright = not self.parts and np.isinf(high).all()  # no annotation refers to pixels
 
         bilinear = v2.InterpolationMode.BILINEAR
@@ -340,7 +339,7 @@ class Images(torch.utils.data.Dataset):
         else:
             low, high = self.corners[index]
             high = np.where(np.isinf(high), image.size, high)
-            high = np.maximum(high, low + 1)
+            high = np.maximum(high, low + 1)  # no box is empty
             points = np.trunc(FRAME * (points - low) / (high - low))
             image = image.crop((*low, *high))  # black beyond the image
             image = image.resize((S, S), Image.Resampling.BILINEAR)
@@ -389,9 +388,9 @@ def one_line_parser(**kwargs):
     return parser
 
 
-# What torch and multiprocessing say without enough /dev/shm. An OSError that names no file comes
-# from a semaphore: /dev/shm is missing or cannot be written.
-LOADER_FAILED = r"</torch_|DataLoader worker .*(killed|exited)|^\[Errno (2|13|30|38)\] [^:]*$"
+# The last line of what a DataLoader raises when /dev/shm, the memory that processes share, is too
+# small (the first two) or cannot be written at all (an OSError without a file's name).
+LOADER_FAILED = r"</torch_|DataLoader worker|^\[Errno (2|13|30|38)\] [^:]*$"
 
 
 def run_script(main):
@@ -424,6 +423,12 @@ def say(text):
         print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@functools.cache  # a run reads its folder several times, and so does each of its processes
+def say_once(text):
+    if os.environ.get("RANK", "0") == "0":
+        say(text)
 
 
 def main():

@@ -111,14 +111,14 @@ class Options:
 
 
 def parse(argv=None):
-    """Command line -> Options with every blank filled. Raises ValueError, one line."""
+    """Command line -> Options with every blank filled. Raises ValueError or OSError, one line."""
     parser = data.one_line_parser(
         description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
     for f in fields(Options):
         settings = dict(f.metadata)
         if f.type is bool:
             settings.setdefault("action", "store_true")
-        elif f.type is not str:
+        elif f.type is not str:  # in a text the parser expands ~
             settings.setdefault("type", f.type)
         parser.add_argument("--" + f.name.replace("_", "-"), **settings)
     typed = vars(parser.parse_args(argv))  # without defaults
@@ -126,12 +126,15 @@ def parse(argv=None):
     fill_blanks(args)
     if args.resume:
         take_run_options(args, typed)
-    check(args)
+    for name, value in vars(args).items():
+        lowest = 1 if name in ("epochs", "batch_size", "image_size") else 0
+        if isinstance(value, (int, float)) and not lowest <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected {lowest} or more")
     return args
 
 
 def fill_blanks(args):
-    """What was typed wins, then the baseline's rates, the data set's preset, the recipe."""
+    """What was not typed comes from recipe and preset, and for a baseline from its own rates."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     workers = min(8, os.cpu_count()) if device == "cuda" else 1
     preset = TOY_PRESET if args.data == "toy" else PRESET
@@ -148,7 +151,7 @@ def fill_blanks(args):
     if weights == "toy":  # it is young and learns along
         defaults |= dict(tune="all", image_size=TOY_PRESET["image_size"])
     elif ivpt.backbone_name(weights) not in ivpt.ARCHITECTURES:
-        defaults["image_size"] = None  # check_model takes that of the file
+        defaults["image_size"] = None  # open: check_model takes that of the file
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -160,26 +163,18 @@ def take_run_options(args, typed):
     path = Path(args.out) / "last.pt"
     if not path.is_file():
         raise FileNotFoundError(f"--resume: {path} is not there; name the run by --out")
-    then = ivpt.read_checkpoint(path)["options"]
-    now = {name: getattr(args, name) for name in ("out", *typed)}
-    check_same(path, then, {name: now[name] for name in now.keys() - MAY_CHANGE})
-    vars(args).update(then | now)
+    for name, then in ivpt.read_checkpoint(path)["options"].items():
+        if name in typed and name not in MAY_CHANGE:
+            check_same(path, name, then, getattr(args, name))
+        elif name not in typed and name != "out":  # the folder may have been moved
+            setattr(args, name, then)
 
 
-def check_same(path, then, now):
-    """One line where a run would not go on as it began: two dicts, of which now is the smaller."""
-    for name, value in now.items():
-        if value != then.get(name):
-            raise ValueError(f"--resume: {path} was trained with {name} {then.get(name)}, now "
-                             f"{value}; give the same, or another --out")
-
-
-def check(args):
-    """One line for numbers that cannot work, before anything is read or written."""
-    for name, value in vars(args).items():
-        lowest = 1 if name in ("epochs", "batch_size", "image_size") else 0
-        if isinstance(value, (int, float)) and not lowest <= value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: expected {lowest} or more")
+def check_same(path, name, then, now):
+    """One line where a run would not go on as it began."""
+    if now != then:
+        raise ValueError(f"--resume: {path} was trained with {name} {then}, now {now}; "
+                         "give the same, or another --out")
 
 
 def has_bf16(device):
@@ -289,16 +284,17 @@ def method_losses(model, images, labels, theta):
 
 # --------------------------------------------------------------------------------- the optimiser
 def parameter_groups(model, args):
-    """IVPT's learning rates, at batch 16."""
-    heads, fusion_heads = [*model.norm.parameters()], []
-    for name, parameter in model.fusions.named_parameters():
-        (fusion_heads if ".head." in name else heads).append(parameter)
-    votes = [*model.classifier.parameters(), *model.votes.parameters()]
+    """IVPT's rates at batch 16. In the paper's text heads have lr, all else has lr_prototypes."""
+    fusions = [*model.fusions.named_parameters()]
+    prompt_heads = [p for name, p in fusions if ".head." in name]
+    groupings = [p for name, p in fusions if ".head." not in name]  # and the norms beside them
+    class_heads = [*model.classifier.parameters(), *model.votes.parameters()]
+    decay = 0.5 if args.votes == "all" else 0.0  # each concept has class weights of its own
     tuned = [p for p in model.backbone.parameters() if p.requires_grad]
     return [
-        dict(params=heads, lr=args.lr),
-        dict(params=fusion_heads, lr=args.lr_fusion),
-        dict(params=votes, lr=args.lr, weight_decay=0.5 if args.votes == "all" else 0.0),
+        dict(params=[*model.norm.parameters(), *groupings], lr=args.lr),
+        dict(params=prompt_heads, lr=args.lr_fusion),
+        dict(params=class_heads, lr=args.lr, weight_decay=decay),
         dict(params=[concept.prototypes for concept in model.concepts], lr=args.lr_prototypes),
         dict(params=[concept.bias for concept in model.concepts], lr=args.lr_bias),
         dict(params=tuned, lr=args.lr_backbone if args.tune == "all" else args.lr_prototypes)]
@@ -335,7 +331,7 @@ def open_run_folder(args):
 
 
 def check_model(args):
-    """One line where the options make no model, before anything is downloaded."""
+    """One line where the options make no model, before a download. Sets image_size if open."""
     name = ivpt.backbone_name(args.weights)
     if name in ivpt.ARCHITECTURES:
         architecture = ivpt.ARCHITECTURES[name]
@@ -382,9 +378,10 @@ def epoch_batches(num_images, args, epoch, rank=0, world=1):
 def resume_run(path, args, dataset, model, optimizer, scheduler):
     """Puts a run back where its last finished epoch left it. Returns how many are finished."""
     checkpoint = ivpt.read_checkpoint(path)
-    check_same(path, checkpoint, dict(classes=dataset.classes, images=len(dataset)))
+    check_same(path, "classes", checkpoint["classes"], dataset.classes)
+    check_same(path, "images", checkpoint["images"], len(dataset))
     if hasattr(model, "set_epoch"):  # stages are counted from the last epoch
-        check_same(path, checkpoint["options"], dict(epochs=args.epochs))
+        check_same(path, "epochs", checkpoint["options"]["epochs"], args.epochs)
     ivpt.restore(model, checkpoint, path)
     optimizer.load_state_dict(checkpoint["optimizer"])
     scheduler.load_state_dict(checkpoint["scheduler"])

@@ -30,9 +30,9 @@ def explain(model, image, class_names, amp=False, names=None):
     """image (3, S, S) normalised -> Explanation. names: concept_names of every layer.
 
     A concept's vote is its score of the winner less that of the runner-up, over the number of
-    concepts that vote. Above zero it speaks for the winner. The votes sum to the margin between
-    the two logits. Where all layers vote, the ten strongest votes come first, the sum of the others
-    last. Where every class has prototypes of its own, those of other classes vote as one."""
+    concepts that vote: above zero it speaks for the winner. The votes sum to the margin of the two
+    logits. Where all layers vote, all but the ten strongest are summed up. Where every class has
+    prototypes of its own, those of other classes vote as one."""
     output = evaluate.forward(model, image[None], amp=amp)
     logits = output.logits[0].float()
     percents = 100 * logits.softmax(0)
@@ -56,20 +56,22 @@ def explain(model, image, class_names, amp=False, names=None):
 
 def concept_votes(values, colours, names):
     """values: votes of the concepts of all layers, or of the last alone -> (name, vote, colour)."""
-    last = len(colours) - 1
-    all_layers = len(values) > len(colours[last])
-    votes = []
-    for l in range(0 if all_layers else last, last + 1):
-        for k, colour in enumerate(colours[l]):
+    all_layers = len(values) > len(colours[-1])
+    concepts = []  # of every layer: (name, colour)
+    for l, layer in enumerate(colours):
+        for k, colour in enumerate(layer):
             name = f"concept {k + 1}"
             if all_layers:
                 name = f"layer {l + 1}, {name}"
             if names and names[l][k]:
                 name += f", {names[l][k]}"
-            votes.append((name, values[len(votes)], colour))
+            concepts.append((name, colour))
+    voters = concepts[-len(values):]
+    votes = [(name, vote, colour) for (name, colour), vote in zip(voters, values)]
     if all_layers and len(votes) > 10:
-        votes.sort(key=lambda vote: -abs(vote[1]))
-        votes[10:] = [(f"all other concepts ({len(votes) - 10})", total(votes[10:]), GREY)]
+        votes.sort(key=lambda vote: abs(vote[1]), reverse=True)
+        votes, others = votes[:10], votes[10:]
+        votes.append((f"all other concepts ({len(others)})", total(others), GREY))
     return votes
 
 
@@ -99,8 +101,8 @@ def draw(picture, explanation):
     lines = describe(explanation)
     colours = ["black"] * (len(lines) - len(explanation.votes))
     colours += [colour for _, _, colour in explanation.votes]
-    size = max(480, strip.width), strip.height + 22 * len(lines) + 8
-    sheet = Image.new("RGB", size, "white")
+    height = strip.height + 22 * len(lines) + 8
+    sheet = Image.new("RGB", (max(480, strip.width), height), "white")
     sheet.paste(strip)
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(16)
@@ -133,7 +135,8 @@ def explain_files(model, paths, checkpoint, amp, run, out=None):
         explanation = explain(model, image, checkpoint["classes"], amp, names)
         target = out / f"{number}_{file.stem}.png"
         draw(data.denormalize(image), explanation).save(target)
-        data.say("\n".join([f"{file}, drawn in {target}", *describe(explanation), ""]))
+        text = "\n".join(describe(explanation))
+        data.say(f"{file}, drawn in {target}\n{text}\n")
 
 
 def main(argv=None):
