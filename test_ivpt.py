@@ -1669,7 +1669,10 @@ def test_recipes(recipe, after, mlp, tune, distance, votes, start, lr_bias):
     assert (args.weights, args.image_size, args.epochs) == ("vitb14_reg4", 518, 25)
     assert (args.batch_size, args.prototypes) == (16, (17, 14, 11, 8, 5))
     assert (args.lr, args.lr_prototypes, args.lr_bias) == (1e-2, 2e-4, lr_bias)
-    assert args.start == start and train.parse(["--data", "cub"]).recipe == "paper"
+    assert args.start == start
+    for typed, default in ((["--data", "cub"], "paper"), (["--data", "a/pets"], "tuned"),
+                           (["--data", "a/pets", "--method", "vpt-deep"], "paper")):
+        assert train.parse(typed).recipe == default
     model = ivpt.build(asdict(args), 10, tiny_backbone())
     for concept in model.concepts:
         assert concept.bias_after_softmax == after and concept.distance == distance

@@ -40,14 +40,15 @@ import model as ivpt
 PAPER = dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5, lr_fusion=1e-2, start="noise",
              distance="euclidean", votes="coarse")
 RELEASED = PAPER | dict(bias="inside", fusion="linear", tune="tokens", lr_bias=2e-4)
-# Ours: concepts follow parts, and all of them vote; then fast prompts learn images by heart.
-TUNED = PAPER | dict(start="kmeans", distance="relative", votes="all", lr_fusion=1e-4)
+# Ours: concepts follow parts, and all of them vote. Fast prompts would learn images by heart.
+TUNED = PAPER | dict(start="kmeans", distance="relative", votes="all", lr_fusion=1e-5)
 RECIPES = {"paper": PAPER, "released": RELEASED, "tuned": TUNED}
 
 # The data set's preset. What the command line leaves open is filled in from here.
-PRESET = dict(recipe="paper", weights="vitb14_reg4", image_size=518, pretrain=0, epochs=25, lr=1e-2,
+PRESET = dict(recipe="tuned", weights="vitb14_reg4", image_size=518, pretrain=0, epochs=25, lr=1e-2,
               lr_prototypes=2e-4, lr_backbone=2e-4)
-TOY_PRESET = PRESET | dict(recipe="tuned", weights="toy", image_size=112, pretrain=12, epochs=9,
+CUB_PRESET = PRESET | dict(recipe="paper")
+TOY_PRESET = PRESET | dict(weights="toy", image_size=112, pretrain=12, epochs=9,
                            lr_backbone=5e-5)
 
 # What may differ when a run goes on.
@@ -76,7 +77,8 @@ class Options:
     validate: bool = option(False, "train on three of four training images, evaluate on the fourth")
     # model
     method: str = option("ivpt", "ivpt, or a baseline's name: see baselines/")
-    recipe: str = option(None, "the paper's text (default), its program, or ours (default of toy)",
+    recipe: str = option(None, "the paper's text (default of cub and baselines), "
+                         "its program, or ours (default of all other data)",
                          choices=list(RECIPES))
     weights: str = option(None, "vits14, vitb14, vitl14, vitg14, each also with _reg4, or a file")
     image_size: int = option(None, "side of the input in pixels, a multiple of the patch")
@@ -137,7 +139,9 @@ def fill_blanks(args):
     """What was not typed comes from recipe and preset, and for a baseline from its own rates."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     workers = min(8, os.cpu_count()) if device == "cuda" else 1
-    preset = TOY_PRESET if args.data == "toy" else PRESET
+    preset = {"toy": TOY_PRESET, "cub": CUB_PRESET}.get(args.data, PRESET)
+    if args.method != "ivpt":  # our recipe is for IVPT
+        preset = preset | dict(recipe="paper")
     defaults = RECIPES[args.recipe or preset["recipe"]] | preset
     defaults |= dict(device=device, amp=has_bf16(device), workers=workers)
     defaults["out"] = f"runs/{Path(args.data).resolve().name}"
@@ -424,8 +428,8 @@ def train(args):
         for name in ("last.pt", "metrics.json"):
             (out / name).unlink(missing_ok=True)
     if world > 1:  # a GPU's sums may differ by a rounding: all start as process 0
-        for parameter in model.parameters():
-            dist.broadcast(parameter.data, 0)
+        for value in model.state_dict().values():
+            dist.broadcast(value, 0)
     parameters = [p for p in model.parameters() if p.requires_grad]
     fingerprint = ivpt.fingerprint(model)  # of what stays frozen
     if chief:
