@@ -41,17 +41,17 @@ for name, vit in list(ARCHITECTURES.items()):
 ARCHITECTURES["toy"] = dict(width=128, depth=6, patch_size=8, pos_grid=14)  # train.py pretrains it
 
 PROTOTYPES = (17, 14, 11, 8, 5)  # of each concept layer, as in the paper
-AUTO = ("auto",)
+AUTO = ("auto",)  # in their place, until count_prototypes has seen the data
 SMOOTHING = 1e-6  # a <- (a + 1e-6) / sum_k (a + 1e-6), so that logarithms stay finite
 
-
-# ---------------------------------------------------------------- the vision transformer
-# Attribute names are those of Meta's state dicts, so that load_state_dict(strict=True) holds.
 
 def to_float32(x):
     """At least fp32, for what is summed, compared or put into an exponent. fp64 stays fp64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
+
+# ---------------------------------------------------------------- the vision transformer
+# Attribute names are those of Meta's state dicts, so that load_state_dict(strict=True) holds.
 
 class Attention(nn.Module):
     def __init__(self, width):
@@ -219,22 +219,25 @@ URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{folder}/dinov2_{name}_pretr
 # What torch.load raises for a file that is cut short, altered or of another kind.
 DAMAGE = (pickle.UnpicklingError, struct.error, EOFError, OSError, RuntimeError, ValueError,
           LookupError, AssertionError)
-# Parts of the names in other files, as regular expressions, and Meta's.
+# Regular expressions for parts of the names in other files, and what Meta calls them.
 META_NAMES = {
     "reg_token$": "register_tokens",  # timm
-    "embeddings.patch_embeddings.projection": "patch_embed.proj",
-    "embeddings.position_embeddings": "pos_embed",
-    "embeddings.(cls_token|mask_token|register_tokens)": r"\1",
+    "patch_embeddings.projection": "patch_embed.proj",  # from here on Hugging Face
+    "position_embeddings": "pos_embed",
+    "embeddings[.]": "",
     "encoder.layer.": "blocks.",
     "attention.attention.": "attn.",
     "attention.output.dense": "attn.proj",
     "layer_scale(.).lambda1": r"ls\1.gamma",
     "mlp.weights_in": "mlp.w12",
     "mlp.weights_out": "mlp.w3",
-    "layernorm": "norm",  # so far Hugging Face
+    "layernorm": "norm",  # up to here
     r"blocks\.\d+\.(?=\d)": "blocks.",  # Meta's training: blocks in chunks
     r"^((module|model|backbone|teacher|dinov2|dinov2_with_registers)\.)+": "",  # wrappers
 }
+# A ViT without heads. storage_tokens are DINOv3's.
+META_PARTS = {"cls_token", "mask_token", "register_tokens", "storage_tokens", "pos_embed",
+              "patch_embed", "blocks", "norm"}
 ABSENT = torch.empty(0, 0)  # stands for a weight that a file lacks
 
 
@@ -252,7 +255,6 @@ def load_backbone(name_or_path, image_size=None):
     if name == "toy":
         return VisionTransformer(**ARCHITECTURES["toy"], image_size=image_size)
     if name in ARCHITECTURES:
-        patch_grid(image_size or 518, 14)  # a wrong size is said before 350 MB are fetched
         state = download_weights(name)
     elif path.is_file():
         state = read_file(path, "weights")
@@ -260,9 +262,8 @@ def load_backbone(name_or_path, image_size=None):
         names = ", ".join(ARCHITECTURES)
         raise FileNotFoundError(f"--weights {path}: no such file, and not one of {names}")
     state = meta_names(state, path)
-    architecture = read_architecture(state)
     with torch.device("meta"):  # without memory of its own: it takes over the file's tensors
-        backbone = VisionTransformer(**architecture, image_size=image_size)
+        backbone = VisionTransformer(**read_architecture(state), image_size=image_size)
     load_state(backbone, state, f"weights {path}", assign=True)
     backbone.has_file = True
     return backbone.float().eval()
@@ -317,36 +318,29 @@ def read_safetensors(path, what):
         raise ValueError(f"{what} {path}: damaged ({error}); fetch it again") from None
 
 
-def meta_names(state, path):
-    """What a file of weights holds -> the state dict of its ViT in Meta's names, without heads.
-
-    Raises ValueError, one line about the path, for anything else and for ViTs like DINOv3.
-    """
-    if not isinstance(state, dict):
-        state = {}
+def meta_names(content, path):
+    """What a file of weights holds -> the state dict of its ViT in Meta's names, without heads."""
+    if not isinstance(content, dict):
+        content = {}
     for part in ("model", "state_dict", "teacher", "student"):  # of a training checkpoint
-        if isinstance(state.get(part), dict):
-            state = state[part]
-    renamed = {}
-    for key, x in state.items():
+        if isinstance(content.get(part), dict):
+            content = content[part]
+    state = {}
+    for key, x in content.items():
         name = str(key)
         for pattern, meta_name in META_NAMES.items():
             name = re.sub(pattern, meta_name, name)
-        renamed[name] = x
+        if name.split(".")[0] in META_PARTS:
+            state[name] = x
+    needed = {"cls_token", "pos_embed", "patch_embed.proj.weight"}
+    if not needed <= state.keys() or "storage_tokens" in state:
+        raise ValueError(f"weights {path}: not a ViT's state dict with learned positions; "
+                         "take one of DINOv2's (DINOv3 is not supported)")
 
-    rotary = any("rope" in name or "storage_tokens" in name for name in renamed)
-    if rotary or "cls_token" in renamed and "pos_embed" not in renamed:
-        raise ValueError(f"weights {path}: DINOv3 and other ViTs without learned positions "
-                         "are not supported; take a DINOv2")
-    if not {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= renamed.keys():
-        raise ValueError(f"weights {path}: not a ViT's state dict; take one of DINOv2's")
-    parts = "(cls_token|mask_token|register_tokens|pos_embed|patch_embed|blocks|norm)"
-    state = {name: x for name, x in renamed.items() if re.match(rf"{parts}\b", name)}  # no head
-
-    for name in [name for name in state if ".attn.query." in name]:
-        qkv = [name.replace("query", part) for part in ("query", "key", "value")]
-        qkv = [state.pop(part) for part in qkv if part in state]
-        state[name.replace("query", "qkv")] = torch.cat(qkv)
+    for query in [name for name in state if ".attn.query." in name]:
+        qkv = [query.replace("query", part) for part in ("query", "key", "value")]
+        qkv = [state.pop(name) for name in qkv if name in state]
+        state[query.replace("query", "qkv")] = torch.cat(qkv)
     fc1 = state.get("blocks.0.mlp.fc1.weight", ABSENT)
     fc2 = state.get("blocks.0.mlp.fc2.weight", ABSENT)
     if len(fc1) == 2 * fc2.shape[1]:  # timm's name of a SwiGLU
@@ -365,12 +359,11 @@ def meta_names(state, path):
 def read_architecture(state):
     """The arguments of VisionTransformer, read off the shapes of a state dict in Meta's names."""
     width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
-    num_positions = state["pos_embed"].shape[1] - 1  # without cls
     return dict(
         width=width,
         depth=len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
         patch_size=patch_size,
-        pos_grid=math.isqrt(num_positions),
+        pos_grid=math.isqrt(state["pos_embed"].shape[1]),  # cls makes one more than its square
         registers=state.get("register_tokens", ABSENT).shape[1],
         swiglu=state.get("blocks.0.mlp.w3.weight", ABSENT).shape[1])
 
@@ -392,9 +385,9 @@ class ConceptLayer(nn.Module):
     Concept region discovery: a_k = softmax over k of -|e - q_k|^2, with a bias b_k for each patch.
     Intra-region aggregation: p_k = sum(a_k e) / sum(a_k) over the patches where a_k is largest.
 
-    distance: "euclidean" (paper), or "relative" (ours, see relative): the prototypes meet the
-        patches relative to the object in their image, and squared distances are divided by
-        2 sqrt(D), so shares are softer. What is averaged are the patches themselves.
+    distance: "euclidean" (paper), or "relative" (ours): prototypes meet patches relative to the
+        object in their image, see prepare, and |e - q_k|^2 is divided by 2 sqrt(D), so shares are
+        softer. What is averaged are the patches themselves, by sg(a_k).
     The other arguments are those of IVPT.
     """
 
@@ -408,27 +401,25 @@ class ConceptLayer(nn.Module):
         if distance == "relative":  # mean directions of objects and of all else: sample_regions
             self.register_buffer("means", torch.zeros(2, width))
 
-    def prepare(self, patches):
-        """Patches (B, N, D) as the prototypes meet them."""
-        if self.distance == "relative":
-            return self.relative(patches.detach())
-        return patches
-
     def directions(self, patches):
         """Patches (B, N, D), each averaged with its neighbours and brought to length sqrt(D)."""
         maps = to_float32(patches).transpose(1, 2).unflatten(2, self.grid)  # (B, D, h, w)
-        maps = F.avg_pool2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        maps = F.pad(maps, (1, 1, 1, 1), mode="replicate")
+        maps = F.avg_pool2d(maps, 3, stride=1)
         return to_length(maps.flatten(2).transpose(1, 2))
 
-    def relative(self, patches):
-        """Directions less their mean over the object: species and light go, parts stay.
+    def prepare(self, patches):
+        """Patches (B, N, D) as the prototypes meet them.
 
+        relative: directions less their mean over the object, so species and light go, parts stay.
         An image's object is the set of patches nearer the mean of objects than that of all else.
         """
-        e = self.directions(patches)  # (B, N, D)
-        is_object = torch.cdist(e, self.means.to(e).expand(len(e), -1, -1)).argmin(2) == 0
-        weights = is_object / is_object.sum(1, keepdim=True).clamp_min(1)  # (B, N)
-        return to_length(e - weights.to(e)[:, None] @ e)
+        if self.distance == "euclidean":
+            return patches
+        e = self.directions(patches.detach())
+        is_object = torch.cdist(e, self.means).argmin(2) == 0  # (B, N)
+        object_mean, _ = weighted_mean(is_object[:, None].to(e), e)  # (B, 1, D)
+        return to_length(e - object_mean)
 
     def forward(self, patches, smoothing=0.0, detach_maps=False):
         """patches (B, N, D) -> attention a (B, K, N), pooled p (B, K, D), mass (B, K), p's divisor.
@@ -442,12 +433,14 @@ class ConceptLayer(nn.Module):
         attention, pooled, mass = prototype_attention(
             e, prototypes, self.bias, self.bias_after_softmax,
             smoothing=smoothing, detach_maps=detach_maps)
-        if self.distance == "relative":  # the patches themselves, and classes move no prototype
-            won = attention == attention.amax(1, keepdim=True)
-            return attention, *weighted_mean(attention.detach() * won, patches)
-        if not self.regions:  # every patch counts by its share of the concept
-            return attention, *weighted_mean(attention, patches)
-        return attention, pooled, mass
+        if self.distance == "euclidean" and self.regions:
+            return attention, pooled, mass
+        weights = attention  # every patch counts by its share of the concept
+        if self.distance == "relative":
+            weights = weights.detach()
+        if self.regions:
+            weights = weights * (attention == attention.amax(1, keepdim=True))
+        return attention, *weighted_mean(weights, patches)
 
 
 def weighted_mean(weights, patches):
@@ -573,18 +566,18 @@ class IVPT(nn.Module):
         if not cross_layer:
             prototypes = prototypes[-1:]
         self.backbone, self.grid = backbone, backbone.grid  # grid: (h, w)
-        self.num_classes, self.tune = num_classes, tune
+        self.tune = tune
         self.prototypes = tuple(prototypes)  # how many; they themselves are in concepts
         tune_backbone(backbone, tune)
 
         D = backbone.width
         G = self.prototypes[-1] - 1
-        self.concepts, self.fusions = nn.ModuleList(), nn.ModuleList()
-        for K in self.prototypes:
-            self.concepts.append(
-                ConceptLayer(K, D, self.grid, bias_after_softmax, distance, spatial_bias, regions))
-        for K in self.prototypes[:-1]:
-            self.fusions.append(Fusion(D, G if fusion else K - 1, fusion_mlp, grouped=fusion))
+        self.concepts = nn.ModuleList(
+            ConceptLayer(K, D, self.grid, bias_after_softmax, distance, spatial_bias, regions)
+            for K in self.prototypes)
+        self.fusions = nn.ModuleList(
+            Fusion(D, G if fusion else K - 1, fusion_mlp, grouped=fusion)
+            for K in self.prototypes[:-1])
         self.num_unprompted = depth - len(self.fusions)  # blocks before the first concept layer
         self.norm = nn.LayerNorm((G + 1, D))
         self.votes = nn.ModuleList()  # of the prompted layers
@@ -624,18 +617,16 @@ class IVPT(nn.Module):
             tokens = self.unprompted(images)
 
         attention, groups, fused, scores = [], [], [], []
-        prompted_blocks = self.backbone.blocks[self.num_unprompted:]
-        for l, block in enumerate(prompted_blocks):
-            concept, fusion = self.concepts[l], self.fusions[l]
-            with torch.set_grad_enabled(graph and len(self.votes) > 0):
-                e = self.normed_patches(tokens)  # e = LN(sg(x_l)), (B, N, D)
-            a, pooled, mass = concept(e, detach_maps=True)  # (B, K, N), (B, K, D), (B, K)
+        for l, fusion in enumerate(self.fusions):
+            with torch.set_grad_enabled(graph and len(self.votes) > 0):  # without votes e is sg
+                e = self.normed_patches(tokens)  # e = LN(x_l), (B, N, D)
+            a, pooled, mass = self.concepts[l](e, detach_maps=True)  # (B, K, N), (B, K, D), (B, K)
             if self.votes:
                 scores.append(self.votes[l](pooled[:, :-1]))  # (B, K - 1, C)
             pooled, mass = pooled.detach(), mass.detach()  # sg: a prompt does not move its regions
             prompts, S = fusion(pooled[:, :-1], mass[:, :-1])  # of all but the background
             with torch.set_grad_enabled(graph):
-                tokens = block(tokens, prompts)
+                tokens = self.backbone.blocks[self.num_unprompted + l](tokens, prompts)
             smoothed = (a + SMOOTHING) / (a + SMOOTHING).sum(1, keepdim=True)
             attention.append(smoothed.unflatten(2, self.grid))
             if S is not None:
@@ -661,10 +652,10 @@ def start_prototypes(model, dataset, seed):
 
     Each layer's foreground patches form K - 1 clusters; the mean of the background patches is the
     background prototype. dataset: training images in the test view; no annotation is read.
-    Raises ValueError.
+    Raises ValueError where there are too few patches.
     """
-    for concept, (e, foreground, background) in zip(
-            model.concepts, sample_regions(model, dataset, seed)):
+    samples = sample_regions(model, dataset, seed)
+    for concept, (e, foreground, background) in zip(model.concepts, samples):
         generator = torch.Generator().manual_seed(seed)
         num_concepts = len(concept.prototypes) - 1
         if foreground.sum() <= num_concepts:
@@ -675,11 +666,11 @@ def start_prototypes(model, dataset, seed):
 
 
 @torch.no_grad()
-def count_prototypes(model, dataset, seed, most=16):
+def count_prototypes(model, dataset, seed):
     """train.py --prototypes auto: of every layer the largest number that its patches support.
 
-    Foreground patches of both halves of the images are clustered. A number counts if all clusters
-    are found again: each cluster shares with one of the other half more than half of the patches
+    Either half of the images gives K clusters of foreground patches, up to 16. K counts if both
+    agree: each cluster of the first shares with one of the second more than half of the patches
     in either (Jaccard index; Hennig 2007 calls a cluster below 0.5 dissolved).
     """
     numbers = []
@@ -688,11 +679,13 @@ def count_prototypes(model, dataset, seed, most=16):
         e = e[foreground]
         half = len(e) // 2
         largest = 1
-        for K in range(2, most + 1):
-            first = torch.cdist(e, kmeans(e[:half], K, generator)).argmin(1)  # owners, (n)
-            second = torch.cdist(e, kmeans(e[half:], K, generator)).argmin(1)
-            first, second = F.one_hot(first, K).float(), F.one_hot(second, K).float()
-            shared = first.T @ second  # (K, K)
+        for K in range(2, 17):
+            members = []  # of the clusters of each half, (n, K)
+            for images in (e[:half], e[half:]):
+                owner = torch.cdist(e, kmeans(images, K, generator)).argmin(1)
+                members.append(F.one_hot(owner, K).float())
+            first, second = members
+            shared = first.T @ second  # (K, K), numbers of patches
             either = first.sum(0)[:, None] + second.sum(0) - shared
             if (shared / either).amax(1).min() > 0.5:
                 largest = K
@@ -703,16 +696,18 @@ def count_prototypes(model, dataset, seed, most=16):
 def sample_regions(model, dataset, seed):
     """Training patches of every concept layer, a list of e (n, D), foreground (n), background (n).
 
-    e are the patches as the prototypes meet them. Sets the means of each layer to begin with.
+    e are the patches as the prototypes meet them; relative ones need the means, so these are set
+    first, by the directions of the same patches.
     """
     directions, radius2 = sample_patches(model, dataset, seed, ConceptLayer.directions)
     regions = []
     for concept, e in zip(model.concepts, directions):
         foreground, background = find_foreground(e, radius2, torch.Generator().manual_seed(seed))
         if concept.distance == "relative":
-            concept.means.copy_(torch.stack([e[foreground].mean(0), e[~foreground].mean(0)]))
+            concept.means[0] = e[foreground].mean(0)
+            concept.means[1] = e[~foreground].mean(0)
         regions.append((foreground, background))
-    patches, _ = sample_patches(model, dataset, seed, ConceptLayer.prepare)  # the same patches
+    patches, _ = sample_patches(model, dataset, seed, ConceptLayer.prepare)
     return [(e, *masks) for e, masks in zip(patches, regions)]
 
 
@@ -767,7 +762,7 @@ def kmeans(e, K, generator):
     A start is k-means++ (Arthur, Vassilvitskii 2007): a patch becomes a centre with a probability
     that grows with its squared distance d2 from the nearest centre before it.
     """
-    best, found = math.inf, None
+    starts = []
     for _ in range(5):
         centres, d2 = e[:0], e.new_ones(len(e))
         for _ in range(K):
@@ -782,9 +777,8 @@ def kmeans(e, K, generator):
             sizes = torch.bincount(owner, minlength=K)[:, None]
             centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
         spread = torch.cdist(e, centres).amin(1).square().sum().item()
-        if spread < best:
-            best, found = spread, centres
-    return found
+        starts.append((spread, centres))
+    return min(starts, key=lambda start: start[0])[1]
 
 
 # ---------------------------------------------------------------- options, checkpoints
@@ -792,7 +786,7 @@ def kmeans(e, K, generator):
 def ivpt_arguments(options):
     """Options of train.py, as a dict -> keyword arguments of IVPT."""
     prototypes = options["prototypes"]
-    if prototypes == AUTO:  # train.py replaces these once it has seen the data
+    if prototypes == AUTO:
         prototypes = PROTOTYPES
     return dict(
         prototypes=prototypes,
