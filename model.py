@@ -255,6 +255,7 @@ def load_backbone(name_or_path, image_size=None):
     if name == "toy":
         return VisionTransformer(**ARCHITECTURES["toy"], image_size=image_size)
     if name in ARCHITECTURES:
+        patch_grid(image_size or 518, 14)  # a wrong size is said before 350 MB are fetched
         state = download_weights(name)
     elif path.is_file():
         state = read_file(path, "weights")
@@ -652,16 +653,11 @@ def start_prototypes(model, dataset, seed):
 
     Each layer's foreground patches form K - 1 clusters; the mean of the background patches is the
     background prototype. dataset: training images in the test view; no annotation is read.
-    Raises ValueError where there are too few patches.
     """
     samples = sample_regions(model, dataset, seed)
     for concept, (e, foreground, background) in zip(model.concepts, samples):
         generator = torch.Generator().manual_seed(seed)
-        num_concepts = len(concept.prototypes) - 1
-        if foreground.sum() <= num_concepts:
-            raise ValueError(f"--start kmeans: {foreground.sum()} foreground patches for "
-                             f"{num_concepts} concepts; give more images, or take --start noise")
-        centres = kmeans(e[foreground], num_concepts, generator)
+        centres = kmeans(e[foreground], len(concept.prototypes) - 1, generator)
         concept.prototypes.copy_(torch.cat([centres, e[background].mean(0, keepdim=True)]))
 
 
@@ -697,12 +693,15 @@ def sample_regions(model, dataset, seed):
     """Training patches of every concept layer, a list of e (n, D), foreground (n), background (n).
 
     e are the patches as the prototypes meet them; relative ones need the means, so these are set
-    first, by the directions of the same patches.
+    first, by the directions of the same patches. Raises ValueError where nothing is foreground.
     """
     directions, radius2 = sample_patches(model, dataset, seed, ConceptLayer.directions)
     regions = []
     for concept, e in zip(model.concepts, directions):
         foreground, background = find_foreground(e, radius2, torch.Generator().manual_seed(seed))
+        if foreground.sum() < 2:
+            raise ValueError("--start kmeans: found no foreground in the training images; give "
+                             "more images, or take --start noise")
         if concept.distance == "relative":
             concept.means[0] = e[foreground].mean(0)
             concept.means[1] = e[~foreground].mean(0)
