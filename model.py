@@ -549,6 +549,8 @@ class IVPT(nn.Module):
         grouping                                region consistency alone, through the fused maps
         fusion norm and head                    classification and orthogonality, through prompts
         prototypes, bias of the last layer      all but region consistency, whose target they are
+    Ours: with distance "relative" no prototype learns from classes, as regions pool with sg shares;
+    with votes "all" prompts learn from the votes of all layers behind them.
     """
 
     class_specific = False  # all classes share the prototypes
