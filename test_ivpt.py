@@ -2045,6 +2045,28 @@ def test_a_resumed_run_takes_its_own_options(birds, uncut, tmp_path, monkeypatch
             train.parse(["--resume", "--out", "runs/cub", option, value])
 
 
+def test_our_recipe_counts_concepts_resumes_and_is_evaluated_as_it_was_trained(birds, tmp_path):
+    """A checkpoint without the means of relative concepts, or with other numbers, would fail."""
+    ours = ("--recipe", "tuned", "--prototypes", "auto")
+    whole = train.train(tiny_run(birds, tmp_path / "whole", *ours))
+    train.train(tiny_run(birds, tmp_path / "cut", *ours, "--epochs", 1))
+    rest = train.parse(["--resume", "--out", str(tmp_path / "cut"), "--epochs", "2"])
+    assert len(rest.prototypes) == 5 and min(rest.prototypes) >= 2
+    assert train.train(rest) == whole
+    model, _ = ivpt.load_checkpoint(tmp_path / "cut/last.pt")
+    assert model.prototypes == rest.prototypes
+    assert all(concept.means.any() for concept in model.concepts)
+    again = evaluate.evaluate(model, birds / "CUB_200_2011", 56, seed=rest.seed)
+    assert again["layers"] == whole["layers"] and again["accuracy"] == whole["accuracy"]
+
+
+def test_auto_stands_alone_and_counts_only_what_is_there(birds, tmp_path):
+    with one_line(ValueError, "--prototypes", "auto alone"):
+        train.parse(["--prototypes", "auto", "3"])
+    args = tiny_run(birds, tmp_path, "--prototypes", "auto", "--no-cross-layer", "--epochs", 1)
+    assert len(train.train(args)["layers"]) == 1
+
+
 def test_no_default_contradicts_what_was_typed(tmp_path):
     torch.save(tiny_backbone().state_dict(), tmp_path / "vit.pth")
     for name, weights, size in (("cub", tmp_path / "vit.pth", 70), ("cub", "toy", 112),

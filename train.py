@@ -128,6 +128,8 @@ def parse(argv=None):
     fill_blanks(args)
     if args.resume:
         take_run_options(args, typed)
+    if "auto" in args.prototypes and args.prototypes != ivpt.AUTO:
+        raise ValueError("--prototypes: expected numbers, or auto alone")
     for name, value in vars(args).items():
         lowest = 1 if name in ("epochs", "batch_size", "image_size") else 0
         if isinstance(value, (int, float)) and not lowest <= value < math.inf:
@@ -415,8 +417,9 @@ def train(args):
             from prepare.toy_vit import pretrain
             pretrain(model.backbone, dataset, args.pretrain, device, args.amp)
             ivpt.tune_backbone(model.backbone, args.tune)  # what stays frozen is frozen again
-        if args.prototypes == ivpt.AUTO:
-            args.prototypes = ivpt.count_prototypes(model, unaugmented, args.seed)
+        if args.prototypes == ivpt.AUTO and args.method == "ivpt":
+            counts = ivpt.count_prototypes(model, unaugmented, args.seed)
+            args.prototypes = ivpt.PROTOTYPES[:-len(counts)] + counts  # one with --no-cross-layer
             model = ivpt.build(asdict(args), len(dataset.classes), model.backbone).to(device)
         if args.start == "kmeans" and args.method == "ivpt":
             ivpt.start_prototypes(model, unaugmented, args.seed)
@@ -425,7 +428,7 @@ def train(args):
     if args.resume:
         finished = resume_run(out / "last.pt", args, dataset, model, optimizer, scheduler)
     elif chief:  # --overwrite
-        for name in ("last.pt", "metrics.json"):
+        for name in ("last.pt", "metrics.json", "metrics_val.json"):
             (out / name).unlink(missing_ok=True)
     if world > 1:  # a GPU's sums may differ by a rounding: all start as process 0
         for value in model.state_dict().values():
