@@ -381,7 +381,7 @@ def prototype_attention(x, prototypes, bias, bias_after_softmax=True, *,
         x = x.to(torch.get_autocast_dtype("cuda"))
     return _op(x, prototypes, bias, bias_after_softmax, float(smoothing), detach_maps)
 
-# --- 7. The benchmark: bf16 on a GPU; fp32, one thread and one image on a CPU ---------------------
+# --- 7. The benchmark: fp32 and bf16 on a GPU; fp32, one thread and one image on a CPU ------------
 ON_GPU = triton is not None and torch.cuda.is_available()
 SHAPES = (
     (32, 1369, 768, 17),  # B, N, D, K; ViT-B/14 at 518 pixels
@@ -389,15 +389,20 @@ SHAPES = (
     (8, 1369, 1024, 17),  # ViT-L/14 at 518
     (16, 196, 192, 5))  # ViT-Tiny/16 at 224
 
-def two_reads(x, prototypes, bias):
+def two_reads(x, prototypes, bias, pool=lambda region, x: region.to(x.dtype).mT @ x):
     """The honest rival: two matmuls in the dtype of x, each of which reads x from memory."""
     logits = F.linear(x, 2 * prototypes, -prototypes.square().sum(1))
     attention = (logits.float().softmax(-1) + bias.T).clamp(min=0)  # (B, N, K)
     region = torch.where(_won(attention), attention, 0)
     mass = region.sum(1)
-    sums = region.to(x.dtype).mT @ x
     divisor = torch.where(mass > 0, mass, 1).to(x.dtype)
-    return attention.mT, sums / divisor[..., None], mass
+    return attention.mT, pool(region, x) / divisor[..., None], mass
+
+def product(x, prototypes, bias):
+    """As the equation is often written down: every r_k(n) x_n in memory, a tensor (B, N, K, D)."""
+    def pool(region, x):
+        return (region[..., None] * x[:, :, None]).sum(1).to(x.dtype)
+    return two_reads(x, prototypes, bias, pool)
 
 def call(form, inputs, backward):
     """The outputs of form, or the gradients of half the sum of their squares."""
@@ -416,22 +421,43 @@ def seconds(run):
         run()
     return triton.testing.do_bench(graph.replay, return_mode="median") / 1e3
 
-def main():
-    device, dtype = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
-    forms = dict(two_reads=two_reads, ours=prototype_attention)
+def peak_mib(run):
+    """What a run allocates at its peak beside its inputs, in MiB; 0 on a CPU."""
+    if not ON_GPU:
+        return 0.0
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+
+def benchmark(B, N, D, K, device, dtype):
+    """Prints a line for each form. GB/s: as if x was read once and nothing else was moved."""
+    inputs = torch.randn(B, N, D), 0.3 * torch.randn(K, D), torch.zeros(K, N)
+    inputs = [t.to(device, dtype) for t in inputs]
+    x = inputs[0]
+    copy_rate = 2 * x.nbytes / seconds(x.clone) / 1e9  # a copy reads and writes
+    print(f"B {B}, N {N}, D {D}, K {K}, {dtype}; a copy of x: {copy_rate:.1f} GB/s")
+    forms = dict(ours=prototype_attention, two_reads=two_reads, product=product)
     if ON_GPU:
         forms["compiled"] = torch.compile(two_reads)
-    print(f"torch {torch.__version__}, {device}, {dtype}. GB/s: as if x was read once")
-    for B, N, D, K in SHAPES:
-        B = B if ON_GPU else 1
-        print(f"B {B}, N {N}, D {D}, K {K}")
-        inputs = torch.randn(B, N, D), 0.3 * torch.randn(K, D), torch.zeros(K, N)
-        inputs = [t.to(device, dtype) for t in inputs]
-        for name, form in forms.items():
-            for kind in "fwd", "fwd+bwd":
-                time = seconds(lambda: call(form, inputs, kind == "fwd+bwd"))
-                rate = inputs[0].nbytes / time / 1e9
-                print(f"  {name:10}{kind:8}{1e6 * time:8.0f} us{rate:8.1f} GB/s")
+    for name, form in forms.items():
+        for kind in "fwd", "fwd+bwd":
+            run = lambda: call(form, inputs, kind == "fwd+bwd")
+            time = seconds(run)
+            rate = x.nbytes / time / 1e9
+            print(f"  {name:10}{kind:8}{1e6 * time:8.0f} us{rate:8.1f} GB/s"
+                  f"{100 * rate / copy_rate:6.0f} % of a copy{peak_mib(run):8.0f} MiB")
+
+def main():
+    if not ON_GPU:
+        print(f"torch {torch.__version__}, CPU")
+        for _, N, D, K in SHAPES:
+            benchmark(1, N, D, K, "cpu", torch.float32)
+        return
+    print(f"torch {torch.__version__}, triton {triton.__version__}, {torch.cuda.get_device_name()}")
+    for shape in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            benchmark(*shape, "cuda", dtype)
 
 if __name__ == "__main__":
     main()

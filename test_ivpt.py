@@ -938,6 +938,14 @@ def test_kernels_gpu_is_as_exact_as_pytorch_and_repeats(shape, dtype):
         assert (f.double() - e).norm() <= 2 * (r.double() - e).norm() + rounding
 
 
+@pytest.mark.parametrize("form", (kernels.two_reads, kernels.product))
+def test_kernels_benchmark_times_the_same_function(form):
+    inputs, _ = kernel_problem(2, 9, 16, 3)
+    expected = kernels.prototype_attention_reference(*inputs)
+    for found, tensor in zip(form(*inputs), expected):
+        torch.testing.assert_close(found, tensor, atol=1e-5, rtol=1e-4)
+
+
 @needs_gpu
 def test_kernels_gpu_compiles_and_follows_autocast():
     inputs, grads = kernel_problem(2, 196, 192, 17, device="cuda")
