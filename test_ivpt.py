@@ -1357,6 +1357,28 @@ def test_ivpt_losses_are_the_table(recipe):
     torch.testing.assert_close(logits, out.logits)
 
 
+@needs_gpu
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("amp, tolerance", ((False, 1e-3), (True, 0.05)))
+def test_a_step_on_a_gpu_is_that_on_a_cpu(recipe, amp, tolerance):
+    """From the same state, without noise in the grouping: the losses, and the whole gradient."""
+    images, labels = torch.randn(3, 3, 70, 70), torch.tensor([0, 4, 2])
+    theta = torch.tensor([[0.0, -1.1, 0.1], [1.1, 0.0, -0.05]])
+    losses, gradients = {}, {}
+    for device in ("cpu", "cuda"):
+        model = tiny_ivpt(recipe).to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=amp):
+            losses[device], _ = train.ivpt_losses(
+                model, images.to(device), labels.to(device), theta)
+        losses[device]["loss"].backward()
+        found = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        gradients[device] = torch.cat(found).cpu()
+    for name, loss in losses["cpu"].items():
+        assert losses["cuda"][name].item() == pytest.approx(loss.item(), tolerance, tolerance), name
+    difference = (gradients["cuda"] - gradients["cpu"]).norm()
+    assert difference < 6 * tolerance * gradients["cpu"].norm()
+
+
 def named(model, *patterns):
     names = [name for name, _ in model.named_parameters()]
     return {name for name in names if any(fnmatch.fnmatch(name, p) for p in patterns)}

@@ -1,0 +1,76 @@
+#!/bin/bash
+# What results.md says about a GPU, measured again. From the repository's root:
+#
+#   bash docs/gpu.sh kernel OUT              the tests on the chip, the kernel's table
+#   bash docs/gpu.sh step OUT                a training step at the paper's size, random weights
+#   bash docs/gpu.sh train OUT DATA WEIGHTS  the recipes, the ablation, the baselines, six at a time
+#   bash docs/gpu.sh paper OUT DATA          the paper's command for two epochs, random weights
+#
+# DATA holds CUB_200_2011 (for "paper" with 200 classes or fewer); WEIGHTS is a ViT's file.
+# OUT gets one text a piece; "train" leaves metrics and log of every run there, in one archive.
+set -u
+piece=$1 out=$2
+mkdir -p "$out"
+
+kernel() {
+    nvidia-smi --query-gpu=name,driver_version --format=csv
+    python -m pytest -q test_ivpt.py -k "gpu"
+    python kernels.py
+}
+
+step() {
+    for recipe in paper released tuned; do
+        python explore/bench.py --data cub --recipe $recipe --batch-size 16 | tail -n 1
+    done
+    python explore/bench.py --data cub --recipe paper --batch-size 16 --compile | tail -n 1
+}
+
+one_run() {  # NAME SEED OPTIONS...
+    local name=$1 seed=$2
+    shift 2
+    python train.py --data cub --data-root "$data" --weights "$weights" --image-size 224 \
+        --epochs 16 --workers 3 --seed "$seed" --out "$runs/${name}_$seed" "$@" \
+        > "$runs/${name}_$seed.txt" 2>&1
+}
+
+train() {
+    data=$1 weights=$2 runs=$(mktemp -d)
+    for seed in 42 43 44; do
+        echo "paper $seed --recipe paper"
+        echo "released $seed --recipe released"
+        echo "tuned $seed --recipe tuned"
+    done > "$runs/list"
+    for seed in 42 43 44; do
+        echo "no-fusion $seed --recipe paper --no-fusion"
+        echo "no-cross $seed --recipe paper --no-cross-layer"
+        echo "no-regions $seed --recipe paper --no-cross-layer --no-regions"
+        echo "no-bias $seed --recipe paper --no-cross-layer --no-regions --no-bias"
+        for method in $(python -c "import baselines; print(*baselines.METHODS)"); do
+            echo "$method $seed --method $method"
+        done
+    done >> "$runs/list"
+    export -f one_run
+    export data weights runs
+    xargs -a "$runs/list" -L 1 -P 6 bash -c 'one_run "$@"' one_run
+    (cd "$runs" && tar czf - ./*.txt ./*/metrics.json ./*/log.jsonl) > "$out/runs.tgz"
+    tail -n 3 "$runs"/*.txt
+}
+
+paper() {
+    local run=$out/paper
+    nvidia-smi --query-gpu=utilization.gpu,memory.used --format=csv,noheader --loop=1 \
+        > "$out/busy.txt" &
+    python train.py --data cub --data-root "$1" --weights "$out/vitb14_reg4.pth" --epochs 2 \
+        --image-size 518 --out "$run"
+    kill $!
+    python evaluate.py --ckpt "$run/last.pt" --visualize "$run/pictures"
+}
+
+if [ "$piece" = paper ]; then  # the backbone's file holds random numbers: no network is needed
+    python - "$out/vitb14_reg4.pth" <<'PYTHON'
+import sys, torch, model
+backbone = model.VisionTransformer(**model.ARCHITECTURES["vitb14_reg4"])
+torch.save(backbone.state_dict(), sys.argv[1])
+PYTHON
+fi
+"$piece" "${@:3}" 2>&1 | tee "$out/$piece.txt"
