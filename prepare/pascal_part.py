@@ -12,14 +12,16 @@ http://host.robots.ox.ac.uk/pascal/VOC/voc2010/VOCtrainval_03-May-2010.tar.
     SOURCE/VOCdevkit/VOC2010/JPEGImages/2008_000002.jpg
     SOURCE/VOCdevkit/VOC2010/ImageSets/Main/train.txt, val.txt  # val.txt is for testing
 
-We know of no licence for the annotations; the images come from Flickr, under its terms. We did not
-check the first archive's size. Tried on eighteen images of the release, not on all of them.
+We found no licence for the annotations. The images come from Flickr; the page of VOC has the terms.
+We did not see the first archive's size. Tried on eighteen images of the release, not on all.
 
 An image has the class, the box and the key points of its largest object. A key point is the
 centroid of a part's mask; it may lie beside a bent part. Names of parts stay as they are: lwing and
-rwing are two parts, the head of a cat and of a dog are one. Numbers (wheel_1) mean no place.
-Classes without parts (in the release boat, chair, sofa and table) are left out, since a concept
-cannot be consistent there; --all-classes keeps them.
+rwing are two parts, the heads of cats and dogs are one. Numbers (wheel_1) mean no fixed place, and
+a part that few images show (window_9) makes consistency easier to reach.
+
+Classes without parts are left out, since no concept could be consistent there: in the release boat,
+chair, sofa and table. --all-classes keeps them.
 """
 import sys
 import zlib
