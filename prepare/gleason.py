@@ -18,7 +18,7 @@ Tissue is what then has a grade, benign included; the image's colours play no ro
 Tiles overlap by half. A tile that is less than half tissue is empty. Its class is the grade that
 covers at least half of its tissue; without such a grade it is mixed. Empty and mixed tiles are left
 out. Every fourth core is for testing. The file names do not say which cores are of one patient, so
-a patient may be in both splits. Tiles are new files (--copy has no effect), without boxes and parts.
+a patient may be in both splits. Tiles are new files (--copy has no effect) without boxes or parts.
 
 A core of 5120 x 5120 with six maps takes 4 s, and 1.4 GB of memory. Tried on small files in this
 format and on fields of another source, not on the release itself.
@@ -40,7 +40,7 @@ CLASSES = {1: "benign", 3: "grade3", 4: "grade4", 5: "grade5"}
 
 
 def find_cores(source):
-    """-> a dict from each core's image to the paths of its maps, and a Counter of what lacks one."""
+    """-> a dict from a core's image to its maps, all paths, and a Counter of what lacks either."""
     folder = source / "Train_imgs"
     if not folder.exists() and (source / "Train Imgs").exists():
         folder = source / "Train Imgs"

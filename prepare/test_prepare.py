@@ -395,18 +395,17 @@ def test_pascal_part_on_real_files(tmp_path, monkeypatch, capsys):
             assert points[part["part_name"]] == pytest.approx((x, y), abs=1e-3)
 
 
+MAT = "Annotations_Part/b1.mat"
 VOC = "VOCdevkit/VOC2010"
 
 
 @pytest.mark.parametrize("damage, words", [
-    (lambda f: (f / "Annotations_Part/b1.mat").unlink(), "b1.mat is missing; expected PASCAL"),
-    (lambda f: (f / "Annotations_Part/b1.mat").write_bytes(b""), "b1.mat: no annotation of"),
-    (lambda f: (f / "Annotations_Part/b1.mat").write_bytes(
-        (f / "Annotations_Part/b1.mat").read_bytes()[:200]), "b1.mat: no annotation of"),
-    (lambda f: shutil.copy(f / VOC / "ImageSets/Main/val.txt", f / "Annotations_Part/b1.mat"),
-     "b1.mat: no annotation of"),
+    (lambda f: (f / MAT).unlink(), "b1.mat is missing; expected PASCAL"),
+    (lambda f: (f / MAT).write_bytes(b""), "b1.mat: no annotation of"),
+    (lambda f: (f / MAT).write_bytes((f / MAT).read_bytes()[:200]), "b1.mat: no annotation of"),
+    (lambda f: (f / MAT).write_text("train.txt\n" * 99), "b1.mat: no annotation of"),
     (lambda f: (f / VOC / "JPEGImages/a3.jpg").unlink(), "a3.jpg is missing; expected PASCAL"),
-    (lambda f: (f / VOC / "ImageSets/Main/val.txt").unlink(), "val.txt is missing; expected PASCAL"),
+    (lambda f: (f / VOC / "ImageSets/Main/val.txt").unlink(), "val.txt is missing; expected"),
     (lambda f: Image.new("RGB", (20, 15)).save(f / VOC / "JPEGImages/a1.jpg"),
      "a1.jpg has (20, 15) pixels, its mask (40, 30)"),
 ])
@@ -456,7 +455,8 @@ def test_gleason_takes_the_majority_and_a_tie_is_no_tissue():
 
 
 @pytest.mark.parametrize("areas, name", [
-    ({3: 100}, "grade3"), ({0: 50, 4: 50}, "grade4"), ({0: 51, 4: 49}, "empty"), ({0: 100}, "empty"),
+    ({3: 100}, "grade3"), ({0: 50, 4: 50}, "grade4"),
+    ({0: 51, 4: 49}, "empty"), ({0: 100}, "empty"),
     ({1: 50, 3: 25, 4: 25}, "benign"), ({1: 49, 3: 26, 4: 25}, "mixed"), ({3: 50, 5: 50}, "mixed"),
     ({0: 40, 5: 30, 1: 20, 3: 10}, "grade5"), ({0: 40, 5: 29, 1: 21, 3: 10}, "mixed"),
 ])
@@ -474,7 +474,7 @@ def test_gleason_becomes_a_cub_folder(tmp_path, monkeypatch, capsys):
     run(monkeypatch, gleason, source, tmp_path / "new", "--tile", 256)
     out = capsys.readouterr().out.splitlines()
     # A core has 5 x 3 tiles: 2 x 3 in its left half, 3 across, 2 x 3 in its right half. Those
-    # across are mixed, but all benign in the fourth core, and half grade 5, half empty in the third.
+    # across are mixed, but all benign in the fourth core, and half tissue of grade 5 in the third.
     assert out[0].endswith("new: 4 classes, 0 parts")
     assert out[1:] == ["36 training images, 0 key points", "24 test images, 0 key points",
                        "no test image of grade5",
@@ -528,15 +528,15 @@ def test_gleason_on_real_fields(tmp_path, monkeypatch, capsys):
     assert np.abs(tile - np.asarray(field)).mean() < 3  # JPEG once more
 
 
+FIRST_MAP = f"Maps1_T/{FIRST_CORE}_classimg_nonconvex.png"
+
+
 @pytest.mark.parametrize("damage, words", [
     (lambda f: shutil.rmtree(f / "Train_imgs"), "Train_imgs is missing; expected Gleason-2019"),
-    (lambda f: [shutil.rmtree(folder) for folder in f.glob("Maps*")], "no core with a map; expected"),
-    (lambda f: write_core(f, FIRST_CORE, "red", np.full((512, 768), 2, np.uint8)), "value 2, expected"),
-    (lambda f: write_core(f, FIRST_CORE, "red", np.zeros((9, 9), np.uint8),
-                          np.zeros((8, 9), np.uint8)), "(8, 9) pixels, its core (9, 9)"),
-    (lambda f: (f / f"Maps1_T/{FIRST_CORE}_classimg_nonconvex.png").write_bytes(b"PNG"),
-     "not a readable image"),
-    (lambda f: Image.new("RGB", (9, 9)).save(f / f"Train_imgs/{FIRST_CORE}.jpg"), "its core (9, 9)"),
+    (lambda f: [shutil.rmtree(maps) for maps in f.glob("Maps*")], "no core with a map; expected"),
+    (lambda f: Image.new("L", (768, 512), 2).save(f / FIRST_MAP), "value 2, expected 0, 1, 3"),
+    (lambda f: Image.new("L", (767, 512)).save(f / FIRST_MAP), "(512, 767) pixels, its core (512"),
+    (lambda f: (f / FIRST_MAP).write_bytes(b"PNG"), "not a readable image"),
 ])
 def test_gleason_another_release_is_one_line(tmp_path, monkeypatch, damage, words):
     source = write_gleason(tmp_path / "release")
@@ -555,6 +555,23 @@ def test_gleason_tile_that_does_not_fit(tmp_path, monkeypatch, tile, words):
 
 
 # ---- all three -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("failing", [[], ["link"], ["link", "symlink"]])
+def test_an_image_is_linked_where_the_disk_allows_it_else_copied(tmp_path, monkeypatch, failing):
+    def refuse(source, target):
+        raise OSError("not on this disk")
+
+    for name in failing:
+        monkeypatch.setattr(layout.os, name, refuse)
+    (tmp_path / "image").write_bytes(b"pixels")
+    layout.place_image(tmp_path / "image", tmp_path / "new/image", copy=False)
+    placed = tmp_path / "new/image"
+    assert placed.read_bytes() == b"pixels"
+    assert placed.is_symlink() == (failing == ["link"])
+    assert placed.samefile(tmp_path / "image") == (len(failing) < 2)
+    with pytest.raises(ValueError, match="another image has this name"):
+        layout.place_image(tmp_path / "image", placed, copy=True)
+
+
 @pytest.mark.parametrize("script, write, options", [
     (partimagenet, write_partimagenet, []),
     (pascal_part, write_pascal_part, []),
