@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 
 
-# ---- 1. What all sources share -------------------------------------------------------------------
 def converter_parser(name, release):
     """A parser with the options of every converter. release: what SOURCE is, for messages."""
     parser = data.one_line_parser(description=f"Convert {name} to CUB's layout.")
@@ -80,7 +79,6 @@ def print_summary(target, parts, images, skipped):
             print(f"skipped {what}: {count}")
 
 
-# ---- 2. Writing ----------------------------------------------------------------------------------
 @contextlib.contextmanager
 def new_folder(target):
     """Yield an empty folder that becomes `target` at the end: target is whole or absent."""
