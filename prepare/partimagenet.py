@@ -4,26 +4,30 @@
     python prepare/partimagenet.py SOURCE TARGET --copy  # copy the images
     python train.py --data TARGET
 
-SOURCE is the unpacked PartImageNet_Seg.zip (3.1 GB): annotations/SPLIT/SPLIT.json in COCO's format,
-and images/SPLIT/SYNSET_NUMBER.JPEG. The splits train and test are used; val is not.
+PartImageNet_Seg.zip (3.1 GB) is at https://huggingface.co/datasets/turkeyju/PartImageNet. SOURCE is
+the folder in it that holds these two:
+
+    SOURCE/annotations/train/train.json, SOURCE/annotations/test/test.json   # in COCO's format
+    SOURCE/images/train/n01440764_10029.JPEG, SOURCE/images/test/n01440764_10194.JPEG
+
+The release has 158 classes and about 24,000 images. All are ImageNet's, under its terms: research
+and education without commerce. We found no licence of the annotations. The split val is not used.
+
 A class is a synset of ImageNet. The key point of a part is the centroid of all that the image has
-of it; it may lie beside a bent part. The box encloses the boxes of the parts.
-Tested on small files in this format, not yet on the release itself.
+of it; it may lie beside a bent part. The box encloses the boxes of the parts; without parts it is
+the whole image. Tested on small files in this format, not yet on the release itself.
 """
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from prepare import layout
 
-RELEASE = "PartImageNet_Seg.zip of huggingface.co/datasets/turkeyju/PartImageNet"
+RELEASE = "PartImageNet_Seg.zip of huggingface.co/datasets/turkeyju/PartImageNet, unpacked"
 
 
 def polygon_moments(polygon):
@@ -46,8 +50,8 @@ def annotation_moments(annotation):
             moments += polygon_moments(polygon)
     if moments[0] < 1e-3:
         x, y, width, height = annotation["bbox"]
-        area = width * height
-        moments = np.array((area, area * (x + width / 2), area * (y + height / 2)))
+        centre = (x + width / 2, y + height / 2)
+        moments = width * height * np.array((1, *centre))
     return moments
 
 
@@ -94,64 +98,31 @@ def convert_annotations(content):
 def read_split(source, split):
     """convert_annotations of one split, with the file of each image."""
     path = source / "annotations" / split / f"{split}.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; expected {RELEASE}, unpacked")
+    layout.require(path, RELEASE)
     try:
         content = json.loads(path.read_bytes())
         parts, images, num_crowds = convert_annotations(content)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: not the annotations of {RELEASE} ({error!r})") from None
     for image in images:
-        image["source"] = (source / "images" / split / image["name"]).resolve()
+        path = source / "images" / split / image["name"]
+        image["source"] = layout.require(path, RELEASE).resolve()
         image["file"] = f"{image['class_name']}/{image['name']}"
         image["train"] = split == "train"
-        if not image["source"].is_file():
-            raise FileNotFoundError(f"{image['source']} is missing, though {path} names it")
     return parts, images, num_crowds
 
 
-def place_image(source, target, copy):
-    """A hard link where the disk allows it, else a symbolic link, else a copy."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():  # writing through a link would change the source
-        raise ValueError(f"{source}: another image has this name; expected {RELEASE}")
-    if not copy:
-        for link in (os.link, os.symlink):
-            try:
-                return link(source, target)
-            except OSError:
-                pass
-    shutil.copyfile(source, target)
-
-
 def main():
-    parser = data.one_line_parser(description="Convert PartImageNet to CUB's layout.")
-    parser.add_argument("source", type=Path, help=f"the unpacked {RELEASE}")
-    parser.add_argument("target", type=Path, help="a new folder")
-    parser.add_argument("--copy", action="store_true", help="copy the images, do not link them")
-    args = parser.parse_args()
-    if args.target.exists():
-        raise FileExistsError(f"{args.target} is there already; remove it to convert again")
+    args = layout.converter_parser("PartImageNet", RELEASE).parse_args()
     parts, train_images, train_crowds = read_split(args.source, "train")
     test_parts, test_images, test_crowds = read_split(args.source, "test")
-    classes = sorted({image["class_name"] for image in train_images})
-    unknown = sorted({image["class_name"] for image in test_images} - set(classes))
+    classes = {image["class_name"] for image in train_images}
+    unknown = sorted({image["class_name"] for image in test_images} - classes)
     if unknown or parts != test_parts:
         differ = f"test has other classes {unknown[:1]} or parts than train"
         raise ValueError(f"{args.source}: {differ}; expected {RELEASE}")
-
-    images = train_images + test_images
-    with layout.new_folder(args.target) as folder:
-        for image in tqdm(images, desc="images", disable=None):
-            image["label"] = classes.index(image["class_name"])
-            place_image(image["source"], folder / "images" / image["file"], args.copy)
-        layout.write_lists(folder, classes, parts, images)
-        layout.check(folder, images)
-    num_bare = sum(image["box"] is None for image in images)
-    num_crowds = train_crowds + test_crowds
-    print(f"{args.target}: {len(classes)} classes, {len(parts)} parts")
-    print(f"{num_bare} images have no part: their box is the whole image")
-    print(f"skipped: the split val, and {num_crowds} annotations of crowds")
+    skipped = {"annotations of crowds": train_crowds + test_crowds}
+    layout.convert(args, parts, train_images + test_images, skipped)
 
 
 if __name__ == "__main__":

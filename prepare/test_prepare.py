@@ -1,6 +1,8 @@
 """Tests of the scripts in prepare/: what they write reads back through data.py as it should."""
+import importlib.util
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,13 +14,27 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
+import evaluate
 import model as ivpt
-from prepare import layout, partimagenet, toy_birds, toy_vit
+import train
+from prepare import gleason, layout, partimagenet, pascal_part, toy_birds, toy_vit
+
+SHARED = Path(__file__).resolve().parents[2] / "shared/data"
+FIRST_CORE = "slide001_core003"
 
 
 def run(monkeypatch, script, *arguments):
     monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
     script.main()
+
+
+def write_release(folder):
+    """Small files as the three sources have them, all in one folder: they do not meet."""
+    write_partimagenet(folder)
+    write_gleason(folder)
+    if importlib.util.find_spec("scipy"):
+        write_pascal_part(folder)
+    return folder
 
 
 # ---- the toy birds -------------------------------------------------------------------------------
@@ -130,7 +146,7 @@ def rectangle(x, y, width, height, backwards=False):
     return [value for corner in corners for value in corner]
 
 
-def write_release(folder):
+def write_partimagenet(folder):
     """Two synsets; each image has a head of two pieces and a body bent as an L, but no tail."""
     names = ((9, "Bird Tail"), (7, "Bird Head"), (5, "Bird Body"))
     categories = [dict(id=key, name=name) for key, name in names]
@@ -163,10 +179,12 @@ def change_test_json(folder, change):
 
 @pytest.mark.parametrize("copy", [False, True])
 def test_partimagenet_becomes_a_cub_folder(tmp_path, monkeypatch, capsys, copy):
-    source = write_release(tmp_path / "release")
+    source = write_partimagenet(tmp_path / "release")
     run(monkeypatch, partimagenet, source, tmp_path / "new", *["--copy"] * copy)
     out = capsys.readouterr().out
-    assert "train: 6 images, 12 key points" in out and "new: 2 classes, 3 parts" in out
+    assert "new: 2 classes, 3 parts" in out
+    assert "6 training images, 12 key points" in out and "4 test images, 8 key points" in out
+    assert "no part" in out and "skipped" not in out
     test = data.Images(tmp_path / "new", "test", "box", 32)
     assert test.classes == ["n01", "n02"] and test.labels.tolist() == [1, 0, 1, 0]
     assert test.parts == ["Bird Tail", "Bird Head", "Bird Body"]
@@ -178,13 +196,11 @@ def test_partimagenet_becomes_a_cub_folder(tmp_path, monkeypatch, capsys, copy):
     for keypoints, box in zip(test.keypoints, test.boxes):
         assert torch.allclose(keypoints, torch.tensor([[0, 0, 0], head, body]))
         assert box.tolist() == [8, 4, 21, 30]
-    with pytest.raises(FileExistsError, match="new is there already"):
-        run(monkeypatch, partimagenet, source, tmp_path / "new")
 
 
 def test_partimagenet_with_its_oddities(tmp_path, monkeypatch, capsys):
     """Polygons of one or two points, a run-length code, a crowd, an image without parts."""
-    source = write_release(tmp_path / "release")
+    source = write_partimagenet(tmp_path / "release")
 
     def change(content):
         key = content["images"][0]["id"]
@@ -199,7 +215,7 @@ def test_partimagenet_with_its_oddities(tmp_path, monkeypatch, capsys):
     change_test_json(source, change)
     run(monkeypatch, partimagenet, source, tmp_path / "new")
     out = capsys.readouterr().out
-    assert "3 images have no part" in out and "1 annotations of crowds" in out
+    assert "3 images show no part" in out and "skipped annotations of crowds: 1" in out
     test = data.Images(tmp_path / "new", "test", "box", 32)
     assert test.keypoints[0].tolist() == [[7, 7, 1], [22, 23, 1], [0, 0, 0]]
     assert test.boxes[0].tolist() == [2, 4, 22, 22]
@@ -220,10 +236,365 @@ def rename_class(folder):
     (rename_class, "other classes ['n03']"),
 ])
 def test_partimagenet_another_release_is_one_line(tmp_path, monkeypatch, damage, words):
-    source = write_release(tmp_path / "release")
+    source = write_partimagenet(tmp_path / "release")
     damage(source)
     with pytest.raises((ValueError, OSError)) as caught:
         run(monkeypatch, partimagenet, source, tmp_path / "new")
     message = str(caught.value)
     assert words in message and str(source) in message and "\n" not in message
     assert not (tmp_path / "new").exists()
+
+
+# ---- PASCAL-Part ---------------------------------------------------------------------------------
+def records(**columns):
+    """MATLAB's structs: a (1, n) array of records, from a list of n values for each field."""
+    result = np.empty((1, len(next(iter(columns.values())))), [(name, object) for name in columns])
+    for name, values in columns.items():
+        for i, value in enumerate(values):
+            result[0, i][name] = value
+    return result
+
+
+def mask(*boxes):
+    """(30, 40), 1 in each box of x, y, width, height."""
+    pixels = np.zeros((30, 40), np.uint8)
+    for x, y, width, height in boxes:
+        pixels[y:y + height, x:x + width] = 1
+    return pixels
+
+
+def write_pascal_image(folder, name, objects):
+    """objects: rows of class, mask, and a list of the names and masks of its parts."""
+    savemat = pytest.importorskip("scipy.io").savemat
+    parts = []
+    for _, _, rows in objects:
+        if rows:
+            names, masks = zip(*rows)
+            parts.append(records(part_name=names, mask=masks))
+        else:
+            parts.append(np.zeros((0, 0)))
+    if objects:
+        classes, masks, _ = zip(*objects)
+        structs = records(**{"class": classes, "mask": masks, "parts": parts})
+    else:
+        structs = np.zeros((0, 0))
+    path = folder / f"Annotations_Part/{name}.mat"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    savemat(path, dict(anno=dict(imname=name, objects=structs)))
+    path = folder / f"VOCdevkit/VOC2010/JPEGImages/{name}.jpg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (40, 30)).save(path)
+
+
+def write_pascal_lists(folder, train, val):
+    lists = folder / "VOCdevkit/VOC2010/ImageSets/Main"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("\n".join(train) + "\n")
+    (lists / "val.txt").write_text("\n".join(val) + "\n")
+
+
+def write_pascal_part(folder):
+    """Cats behind a smaller dog, a boat, a bird for testing only, and an empty image."""
+    head = [("head", mask((4, 6, 2, 4)))]
+    cat = ("cat", mask((4, 6, 10, 8), (20, 9, 3, 1)), head + [
+        ("wheel_1", mask((8, 8, 1, 1))), ("wheel_1", mask((10, 8, 3, 1))),  # one name twice
+        ("tail", mask())])                                                  # an empty mask
+    dog = ("dog", mask((0, 0, 5, 5)), head)
+    boat = ("boat", mask((0, 0, 40, 30)), [])
+    bird = ("bird", mask((1, 2, 3, 4)), [])
+    winged = ("bird", mask((1, 2, 3, 4)), [("lwing", mask((1, 2, 1, 1), (3, 2, 1, 3)))])
+    for name, objects in dict(a1=[dog, cat], a2=[boat, cat], a3=[], b1=[cat], b2=[bird],
+                              b3=[winged]).items():
+        write_pascal_image(folder, name, objects)
+    write_pascal_lists(folder, ("a1", "a2", "a3"), ("b1", "b2", "b3"))
+    return folder
+
+
+def test_pascal_part_becomes_a_cub_folder(tmp_path, monkeypatch, capsys):
+    source = write_pascal_part(tmp_path / "release")
+    run(monkeypatch, pascal_part, source, tmp_path / "new")
+    out = capsys.readouterr().out
+    for line in ("new: 2 classes, 3 parts", "1 training images, 2 key points",
+                 "3 test images, 3 key points", "no training image of bird",
+                 "1 images show no part", "skipped images without an object: 1",
+                 "skipped images of boat, a class without parts: 1"):
+        assert f"{line}\n" in out
+    cats = data.Images(tmp_path / "new", "train", "box", 32)
+    assert cats.classes == ["bird", "cat"] and cats.parts == ["head", "lwing", "wheel_1"]
+    assert cats.labels.tolist() == [1] and cats.boxes.tolist() == [[4, 6, 19, 8]]
+    # The head fills 4..6 x 6..10. The wheel's four pixels have centres 8.5, 10.5, 11.5, 12.5.
+    assert cats.keypoints[0].tolist() == [[5, 8, 1], [0, 0, 0], [43 / 4, 8.5, 1]]
+    assert cats.files[0].samefile(source / "VOCdevkit/VOC2010/JPEGImages/a1.jpg")
+    test = data.Images(tmp_path / "new", "test", "box", 32)
+    assert test.labels.tolist() == [1, 0, 0] and not test.keypoints[1].any()
+    wing = torch.tensor([(1.5 + 3 * 3.5) / 4, (2.5 + 2.5 + 3.5 + 4.5) / 4, 1])
+    assert torch.equal(test.keypoints[2, 1], wing)
+    assert test.boxes[2].tolist() == [1, 2, 3, 4]
+
+    run(monkeypatch, pascal_part, source, tmp_path / "all", "--all-classes", "--copy")
+    images = data.Images(tmp_path / "all", "train", "box", 32)
+    assert [images.classes[label] for label in images.labels] == ["cat", "boat"]
+    assert images.boxes[1].tolist() == [0, 0, 40, 30] and not images.keypoints[1].any()
+    assert not images.files[0].samefile(source / "VOCdevkit/VOC2010/JPEGImages/a1.jpg")
+
+
+@pytest.mark.skipif(not (SHARED / "pascal_part").is_dir(), reason="no PASCAL-Part in ../shared")
+def test_pascal_part_on_real_files(tmp_path, monkeypatch, capsys):
+    scipy_io = pytest.importorskip("scipy.io")
+    source = tmp_path / "release"
+    names = sorted(path.stem for path in (SHARED / "pascal_part").glob("*.mat"))
+    write_pascal_lists(source, names[::2], names[1::2])
+    for name in names:
+        for suffix, place in (("mat", "Annotations_Part"), ("jpg", "VOCdevkit/VOC2010/JPEGImages")):
+            (source / place).mkdir(exist_ok=True)
+            shutil.copy(SHARED / f"pascal_part/{name}.{suffix}", source / place)
+    run(monkeypatch, pascal_part, source, tmp_path / "new")
+    out = capsys.readouterr().out
+    assert "8 training images, 80 key points" in out and "8 test images, 110 key points" in out
+    assert "skipped images of boat, a class without parts: 1" in out
+
+    found = {}  # name -> class, box, key points by their names
+    for split in ("train", "test"):
+        images = data.Images(tmp_path / "new", split, "box", 32)
+        for file, label, box, points in zip(images.files, images.labels, images.boxes,
+                                            images.keypoints):
+            seen = {images.parts[m]: points[m, :2].tolist() for m in range(len(points))
+                    if points[m, 2] > 0}
+            found[file.stem] = images.classes[label], box.tolist(), seen
+    assert len(found) == len(names) - 2  # the boat and the table
+
+    # By hand, from the masks opened as pictures:
+    kind, box, points = found["2008_001978"]
+    assert (kind, box) == ("bird", [268, 172, 20, 23])
+    assert points == {"torso": pytest.approx((277.273, 182.539), abs=1e-3)}
+    kind, box, points = found["2010_002065"]
+    assert (kind, box) == ("aeroplane", [10, 63, 484, 176]) and len(points) == 12
+    assert points["lwing"] == pytest.approx((263.855, 218.306), abs=1e-3)
+    assert points["rwing"] == pytest.approx((226.343, 139.206), abs=1e-3)
+    assert points["wheel_5"] == pytest.approx((443.816, 188.032), abs=1e-3)
+    assert points["tail"] == [30.5, 190.5]  # its mask is one pixel: column 30, row 190
+    kind, box, points = found["2010_003057"]
+    assert (kind, box) == ("bus", [169, 106, 279, 267])  # the bus, not the four cars
+
+    # All of them once more: scipy's other reading, PIL's box, means along the two axes.
+    for name, (kind, box, points) in found.items():
+        path = source / f"Annotations_Part/{name}.mat"
+        objects = scipy_io.loadmat(path, simplify_cells=True)["anno"]["objects"]
+        objects = objects if isinstance(objects, list) else [objects]
+        objects.sort(key=lambda one: one["mask"].sum(dtype=int))
+        left, top, right, bottom = Image.fromarray(objects[-1]["mask"]).getbbox()
+        assert kind == objects[-1]["class"]
+        assert box == [left, top, right - left, bottom - top]
+        parts = objects[-1]["parts"]
+        parts = parts if isinstance(parts, list) else [parts]
+        assert set(points) == {part["part_name"] for part in parts}
+        for part in parts:
+            shares = part["mask"] / part["mask"].sum()
+            x = shares.sum(0) @ (np.arange(shares.shape[1]) + 0.5)
+            y = shares.sum(1) @ (np.arange(shares.shape[0]) + 0.5)
+            assert points[part["part_name"]] == pytest.approx((x, y), abs=1e-3)
+
+
+MAT = "Annotations_Part/b1.mat"
+VOC = "VOCdevkit/VOC2010"
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda f: (f / MAT).unlink(), "b1.mat is missing; expected PASCAL"),
+    (lambda f: (f / MAT).write_bytes(b""), "b1.mat: no annotation of"),
+    (lambda f: (f / MAT).write_bytes((f / MAT).read_bytes()[:200]), "b1.mat: no annotation of"),
+    (lambda f: (f / MAT).write_text("train.txt\n" * 99), "b1.mat: no annotation of"),
+    (lambda f: (f / VOC / "JPEGImages/a3.jpg").unlink(), "a3.jpg is missing; expected PASCAL"),
+    (lambda f: (f / VOC / "ImageSets/Main/val.txt").unlink(), "val.txt is missing; expected"),
+    (lambda f: Image.new("RGB", (20, 15)).save(f / VOC / "JPEGImages/a1.jpg"),
+     "a1.jpg has (20, 15) pixels, its mask (40, 30)"),
+])
+def test_pascal_part_another_release_is_one_line(tmp_path, monkeypatch, damage, words):
+    source = write_pascal_part(tmp_path / "release")
+    damage(source)
+    with pytest.raises((ValueError, OSError)) as caught:
+        run(monkeypatch, pascal_part, source, tmp_path / "new")
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_pascal_part_says_how_to_get_scipy(tmp_path, monkeypatch):
+    monkeypatch.setattr(pascal_part, "loadmat", None)
+    with pytest.raises(ValueError, match="pip install scipy"):
+        run(monkeypatch, pascal_part, tmp_path, tmp_path / "new")
+
+
+# ---- Gleason-2019 --------------------------------------------------------------------------------
+def write_core(folder, name, colour, *maps):
+    """An image of one colour, and its maps by the first, the second, ... pathologist."""
+    (folder / "Train_imgs").mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", maps[0].shape[::-1], colour).save(folder / f"Train_imgs/{name}.jpg")
+    for number, grades in enumerate(maps, start=1):
+        path = folder / f"Maps{number}_T/{name}_classimg_nonconvex.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(grades).save(path)
+
+
+def write_gleason(folder):
+    """Five cores of 512 x 768: the left half and the right half have a grade each."""
+    for number, (left, right) in enumerate([(1, 3), (4, 3), (5, 0), (6, 6), (3, 4)]):
+        grades = np.full((512, 768), left, np.uint8)
+        grades[:, 384:] = right
+        wrong = np.full_like(grades, 5)
+        write_core(folder, f"slide001_core{number + 3:03d}", (40 * number, 0, 0), grades, wrong,
+                   grades)
+    return folder
+
+
+def test_gleason_takes_the_majority_and_a_tie_is_no_tissue():
+    pixels = {(3, 3, 4): 3, (4, 3): 0, (0, 0, 4): 0, (4, 4, 3, 3, 5): 0, (5,): 5, (1, 0): 0,
+              (3, 4, 4, 3, 4): 4, (1, 5, 5, 1, 1, 5): 0, (0, 1, 1, 3): 1, (1, 3, 4, 5): 0}
+    for votes, winner in pixels.items():
+        maps = [np.full((2, 3), vote, np.uint8) for vote in votes]
+        assert (gleason.majority(maps) == winner).all(), votes
+
+
+@pytest.mark.parametrize("areas, name", [
+    ({3: 100}, "grade3"), ({0: 50, 4: 50}, "grade4"),
+    ({0: 51, 4: 49}, "empty"), ({0: 100}, "empty"),
+    ({1: 50, 3: 25, 4: 25}, "benign"), ({1: 49, 3: 26, 4: 25}, "mixed"), ({3: 50, 5: 50}, "mixed"),
+    ({0: 40, 5: 30, 1: 20, 3: 10}, "grade5"), ({0: 40, 5: 29, 1: 21, 3: 10}, "mixed"),
+])
+def test_gleason_labels_a_tile_by_half_of_its_tissue(areas, name):
+    values = np.repeat(list(areas), list(areas.values())).astype(np.uint8)
+    assert gleason.tile_class(np.random.default_rng(0).permutation(values).reshape(4, 25)) == name
+
+
+def test_gleason_becomes_a_cub_folder(tmp_path, monkeypatch, capsys):
+    source = write_gleason(tmp_path / "release")
+    write_core(source, "slide009_core001", "blue", np.zeros((9, 9), np.uint8))
+    (source / "Train_imgs/slide009_core001.jpg").unlink()
+    Image.new("RGB", (9, 9)).save(source / "Train_imgs/slide000_core001.jpg")
+    (source / "Train_imgs").rename(source / "Train Imgs")  # its other name
+    run(monkeypatch, gleason, source, tmp_path / "new", "--tile", 256)
+    out = capsys.readouterr().out.splitlines()
+    # A core has 5 x 3 tiles: 2 x 3 in its left half, 3 across, 2 x 3 in its right half. Those
+    # across are mixed, but all benign in the fourth core, and half tissue of grade 5 in the third.
+    assert out[0].endswith("new: 4 classes, 0 parts")
+    assert out[1:] == ["36 training images, 0 key points", "24 test images, 0 key points",
+                       "no test image of grade5",
+                       "skipped cores without a map: 1", "skipped cores without an image: 1",
+                       "skipped mixed tiles: 9", "skipped empty tiles: 6", "benign: 21 tiles",
+                       "grade3: 18 tiles", "grade4: 12 tiles", "grade5: 9 tiles"]
+    test = data.Images(tmp_path / "new", "test", "test", 32)
+    assert test.classes == ["benign", "grade3", "grade4", "grade5"] and not test.parts
+    assert test.boxes.isinf().any(1).all()
+    names = {file.name: test.classes[label] for file, label in zip(test.files, test.labels)}
+    assert {name[:16] for name in names} == {FIRST_CORE, "slide001_core007"}  # the 1st, the 5th
+    assert names[f"{FIRST_CORE}_y0256_x0128.jpg"] == "benign"
+    assert names["slide001_core007_y0000_x0512.jpg"] == "grade4"
+    training = data.Images(tmp_path / "new", "train", "test", 32)
+    for file in training.files:  # a tile is a piece of its core
+        core = int(file.name[13:16]) - 3
+        image = Image.open(file)
+        assert image.size == (256, 256) and abs(image.getpixel((9, 9))[0] - 40 * core) < 5
+
+
+@pytest.mark.skipif(not (SHARED / "gleason_fields").is_dir(), reason="no prostate in ../shared")
+def test_gleason_on_real_fields(tmp_path, monkeypatch, capsys):
+    """Three fields of another source, whose values are not grades: only the counting is tested."""
+    source = tmp_path / "release"
+    masks = {}
+    for number in (10, 100, 105):
+        image = SHARED / f"gleason_fields/img/test{number}.jpg"
+        masks[f"core{number:03d}"] = Image.open(SHARED / f"gleason_fields/mask/test{number}.png")
+        write_core(source, f"core{number:03d}", 0, np.asarray(masks[f"core{number:03d}"]))
+        shutil.copy(image, source / f"Train_imgs/core{number:03d}.jpg")
+    run(monkeypatch, gleason, source, tmp_path / "new", "--tile", 300)
+    found = {}
+    for split in ("train", "test"):
+        images = data.Images(tmp_path / "new", split, "test", 32)
+        for file, label in zip(images.files, images.labels):
+            found[file.stem] = images.classes[label], split
+    expected = {}
+    for name, mask_image in masks.items():
+        for y, x in itertools.product(range(0, 902, 150), repeat=2):
+            counts = mask_image.crop((x, y, x + 300, y + 300)).histogram()
+            tissue = counts[1] + counts[3] + counts[4]
+            winners = [grade for grade in (1, 3, 4) if 2 * counts[grade] >= tissue]
+            if tissue >= 45000 and len(winners) == 1:
+                kind = {1: "benign", 3: "grade3", 4: "grade4"}[winners[0]]
+                split = "test" if name == "core010" else "train"
+                expected[f"{name}_y{y:04d}_x{x:04d}"] = kind, split
+    assert found == expected and len({kind for kind, _ in found.values()}) == 2
+    tile = np.asarray(Image.open(tmp_path / "new/images" / next(
+        (tmp_path / "new/images").glob("*/core100_y0150_x0300.jpg")))).astype(float)
+    field = Image.open(SHARED / "gleason_fields/img/test100.jpg").crop((300, 150, 600, 450))
+    assert np.abs(tile - np.asarray(field)).mean() < 3  # JPEG once more
+
+
+FIRST_MAP = f"Maps1_T/{FIRST_CORE}_classimg_nonconvex.png"
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda f: shutil.rmtree(f / "Train_imgs"), "Train_imgs is missing; expected Gleason-2019"),
+    (lambda f: [shutil.rmtree(maps) for maps in f.glob("Maps*")], "no core with a map; expected"),
+    (lambda f: Image.new("L", (768, 512), 2).save(f / FIRST_MAP), "value 2, expected 0, 1, 3"),
+    (lambda f: Image.new("L", (767, 512)).save(f / FIRST_MAP), "(512, 767) pixels, its core (512"),
+    (lambda f: (f / FIRST_MAP).write_bytes(b"PNG"), "not a readable image"),
+])
+def test_gleason_another_release_is_one_line(tmp_path, monkeypatch, damage, words):
+    source = write_gleason(tmp_path / "release")
+    damage(source)
+    with pytest.raises((ValueError, OSError)) as caught:
+        run(monkeypatch, gleason, source, tmp_path / "new")
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("tile, words", [(1024, "try a smaller --tile"), (1, "expected 2 or more")])
+def test_gleason_tile_that_does_not_fit(tmp_path, monkeypatch, tile, words):
+    source = write_gleason(tmp_path / "release")
+    with pytest.raises(ValueError, match=words):
+        run(monkeypatch, gleason, source, tmp_path / "new", "--tile", tile)
+
+
+# ---- all three -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("failing", [[], ["link"], ["link", "symlink"]])
+def test_an_image_is_linked_where_the_disk_allows_it_else_copied(tmp_path, monkeypatch, failing):
+    def refuse(source, target):
+        raise OSError("not on this disk")
+
+    for name in failing:
+        monkeypatch.setattr(layout.os, name, refuse)
+    (tmp_path / "image").write_bytes(b"pixels")
+    layout.place_image(tmp_path / "image", tmp_path / "new/image", copy=False)
+    placed = tmp_path / "new/image"
+    assert placed.read_bytes() == b"pixels"
+    assert placed.is_symlink() == (failing == ["link"])
+    assert placed.samefile(tmp_path / "image") == (len(failing) < 2)
+    with pytest.raises(ValueError, match="another image has this name"):
+        layout.place_image(tmp_path / "image", placed, copy=True)
+
+
+@pytest.mark.parametrize("script, write, options", [
+    (partimagenet, write_partimagenet, []),
+    (pascal_part, write_pascal_part, []),
+    (gleason, write_gleason, ["--tile", 512]),
+], ids=("partimagenet", "pascal_part", "gleason"))
+def test_converted_data_trains_evaluates_and_draws(tmp_path, monkeypatch, capsys, script, write,
+                                                   options):
+    run(monkeypatch, script, write(tmp_path / "release"), tmp_path / "new", *options)
+    with pytest.raises(SystemExit) as caught:  # the same command once more
+        data.run_script(script.main)
+    assert caught.value.code == 2
+    message = f"error: {tmp_path / 'new'} is there already; remove it to convert again\n"
+    assert capsys.readouterr().err.endswith(message)
+
+    torch.manual_seed(0)
+    backbone = ivpt.VisionTransformer(width=64, depth=5, patch_size=14, pos_grid=4, image_size=56)
+    torch.save(backbone.state_dict(), tmp_path / "vit.pth")
+    run(monkeypatch, train, "--data", tmp_path / "new", "--out", tmp_path / "run", "--epochs", 1,
+        "--weights", tmp_path / "vit.pth", "--image-size", 56, "--batch-size", 1, "--start",
+        "noise", "--workers", 0, "--device", "cpu", "--no-amp")
+    run(monkeypatch, evaluate, "--ckpt", tmp_path / "run/last.pt", "--workers", 0, "--visualize",
+        tmp_path / "pictures")
+    assert (tmp_path / "pictures/index.html").is_file()
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    has_parts = script is not gleason
+    assert (metrics["layers"][2]["consistency"] is not None) == has_parts
