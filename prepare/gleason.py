@@ -11,17 +11,20 @@ verify neither its licence nor its size: read the challenge's rules. Unpack it i
     SOURCE/Maps1_T/slide001_core003_classimg_nonconvex.png       # by the first pathologist
     SOURCE/Maps2_T/ to Maps6_T/                                  # by others; each has some cores
 
-A map says for each pixel 0 (background or unlabelled), 1 or 6 (benign), or 3, 4, 5 (the Gleason
-grade). Of all maps of a core the most frequent value counts, and 0 where two are equally frequent.
-Tissue is what then has a grade, benign included; the image's colours play no role.
+A map gives each pixel 0 (background or unlabelled), 1 (benign), or its Gleason grade 3, 4, 5. Some
+have 6, which Foucart et al. (SIPAIM 2021) call a mistake for 1. They also list maps with outlines
+that were not closed; we do not mend those. A pixel gets the most frequent value of its core's maps,
+and 0 at a tie. Tissue is every pixel that then is not 0; the image's colours play no role.
 
-Tiles overlap by half. A tile that is less than half tissue is empty. Its class is the grade that
-covers at least half of its tissue; without such a grade it is mixed. Empty and mixed tiles are left
-out. Every fourth core is for testing. The file names do not say which cores are of one patient, so
-a patient may be in both splits. Tiles are new files (--copy has no effect) without boxes or parts.
+Tiles overlap by half. A tile that is less than half tissue is empty. The class of any other is the
+grade that covers at least half of its tissue. Where none does, or two do, the tile is mixed. Empty
+and mixed tiles are left out. No tile has a box or parts.
 
-A core of 5120 x 5120 with six maps takes 4 s, and 1.4 GB of memory. Tried on small files in this
-format and on fields of another source, not on the release itself.
+The test images of the release have no maps, so every fourth core is for testing. The file names do
+not say which cores are of one patient: a patient may be in both splits.
+
+A core of 5120 x 5120 pixels with six maps takes 4 s, 1.4 GB of memory, up to 60 MB of disk. Tried
+on small files in this format and on fields of another source, not on the release itself.
 """
 import sys
 from collections import Counter
@@ -40,7 +43,7 @@ CLASSES = {1: "benign", 3: "grade3", 4: "grade4", 5: "grade5"}
 
 
 def find_cores(source):
-    """-> a dict from a core's image to its maps, all paths, and a Counter of what lacks either."""
+    """A dict from each core's image to its maps, all paths, and a Counter of what is skipped."""
     folder = source / "Train_imgs"
     if not folder.exists() and (source / "Train Imgs").exists():
         folder = source / "Train Imgs"
@@ -59,7 +62,7 @@ def find_cores(source):
 
 
 def read_map(path, shape):
-    """A pathologist's map of a core -> its grades (H, W) uint8. shape: (H, W) of the core."""
+    """The grades (H, W) uint8 of a map; benign is 1. shape: (H, W) of its core."""
     values = np.asarray(data.read_image(path).getchannel(0))
     if values.shape != shape:
         raise ValueError(f"{path} has {values.shape} pixels, its core {shape}")
@@ -72,7 +75,7 @@ def read_map(path, shape):
 
 
 def majority(maps):
-    """Grades (H, W) of several pathologists -> the most frequent one at each pixel, at a tie 0."""
+    """The most frequent grade at each pixel of the maps, arrays (H, W). It is 0 at a tie."""
     winner = np.zeros_like(maps[0])
     most_votes = np.sum([grades == 0 for grades in maps], axis=0, dtype=np.uint8)
     for grade in CLASSES:
@@ -84,19 +87,19 @@ def majority(maps):
 
 
 def tile_class(grades):
-    """Grades (tile, tile) -> the name of the tile's class, or "empty" or "mixed"."""
+    """The name of a tile's class, or "empty" or "mixed", from its grades (tile, tile)."""
     areas = np.bincount(grades.ravel(), minlength=6)
     tissue = grades.size - areas[0]
     if tissue < grades.size / 2:
         return "empty"
-    leading = np.flatnonzero(areas[1:] >= tissue / 2) + 1
-    if len(leading) != 1:  # two grades may cover a half each
+    leading = [grade for grade in CLASSES if areas[grade] >= tissue / 2]
+    if len(leading) != 1:
         return "mixed"
     return CLASSES[leading[0]]
 
 
 def cut_core(path, map_paths, tile, folder):
-    """Save the tiles of a core. -> their files and classes, and a Counter of those left out."""
+    """Save the tiles of a core. Returns their files and classes, and a Counter of the others."""
     core = data.read_image(path)
     shape = core.height, core.width
     grades = majority([read_map(map_path, shape) for map_path in map_paths])
@@ -112,31 +115,33 @@ def cut_core(path, map_paths, tile, folder):
             file = f"{class_name}/{path.stem}_y{y:04d}_x{x:04d}.jpg"
             picture = core.crop((x, y, x + tile, y + tile))
             picture.save(folder / file, quality=95)
-            tiles.append(dict(file=file, class_name=class_name))
+            tiles.append((file, class_name))
     return tiles, skipped
 
 
 def main():
     parser = layout.converter_parser("Gleason-2019", RELEASE)
-    parser.add_argument("--tile", type=int, default=512, help="side of a tile, pixels of the core")
+    parser.add_argument("--tile", type=int, default=512, help="side of a tile in pixels")
     args = parser.parse_args()
     if args.tile < 2:
         raise ValueError(f"--tile {args.tile}: expected 2 or more")
     cores, skipped = find_cores(args.source)
-    rows = []
+    images = []
     with layout.new_folder(args.target) as folder:
         cores_and_maps = tqdm(cores.items(), desc="cores", disable=None)
         for number, (path, map_paths) in enumerate(cores_and_maps):
             tiles, left_out = cut_core(path, map_paths, args.tile, folder / "images")
             skipped += left_out
-            for tile in tiles:
-                rows.append(dict(tile, train=number % 4 != 0, box=None, points=[]))
-        if len({row["train"] for row in rows}) < 2:
+            train = number % 4 != 0
+            for file, name in tiles:
+                row = dict(file=file, class_name=name, train=train, box=None, points=[])
+                images.append(row)
+        if len({image["train"] for image in images}) < 2:
             raise ValueError(f"{args.source}: its {len(cores)} cores have no tile for training or "
                              "none for testing; try a smaller --tile")
-        layout.write_and_check(folder, [], rows)
-    layout.print_summary(args.target, [], rows, skipped)
-    for class_name, count in Counter(row["class_name"] for row in rows).items():
+        layout.write_and_check(folder, [], images)
+    layout.print_summary(args.target, [], images, skipped)
+    for class_name, count in Counter(image["class_name"] for image in images).items():
         print(f"{class_name}: {count} tiles")
 
 
