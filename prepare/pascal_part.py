@@ -1,8 +1,7 @@
 """PASCAL-Part (Chen et al., CVPR 2014, arXiv 1406.2031), converted to CUB's layout.
 
     pip install scipy
-    python prepare/pascal_part.py SOURCE TARGET         # the images are linked, if possible
-    python prepare/pascal_part.py SOURCE TARGET --copy  # the images are copied
+    python prepare/pascal_part.py SOURCE TARGET         # --copy: no links to the images
     python train.py --data TARGET
 
 Unpack two archives into the folder SOURCE: the annotations (about 80 MB) from
@@ -17,8 +16,7 @@ We found no licence for the annotations. The images come from Flickr; the page o
 Tried on eighteen images of the release, not on all.
 
 Class, box and key points of an image are those of its object with the largest mask. A key point is
-the centroid of a part's mask; it may lie outside a bent part. Some masks are a single pixel, like
-an aeroplane's tail.
+the centroid of a part's mask; it may lie outside a bent part. Some masks are a single pixel.
 
 Parts keep their names: lwing and rwing are two parts, the heads of cats and dogs are one. Numbered
 parts (wheel_1) have no fixed place. Rare parts (window_9) make consistency easier to reach: a few
@@ -28,6 +26,7 @@ Classes without parts are left out, since no concept could be consistent there. 
 are boat, chair, sofa and table. --all-classes keeps them.
 """
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from tqdm import tqdm
 
 try:
     from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
 except ModuleNotFoundError:
     loadmat = None
 
@@ -76,7 +76,8 @@ def read_objects(path):
     layout.require(path, RELEASE)
     try:
         return loadmat(path)["anno"]["objects"][0, 0].ravel()
-    except Exception as error:  # a damaged file makes loadmat raise one of many kinds
+    except (LookupError, MatReadError, NotImplementedError, OSError, TypeError, ValueError,
+            zlib.error) as error:  # what loadmat raises for a damaged file
         raise ValueError(f"{path}: no annotation of PASCAL-Part ({error!r})") from None
 
 
