@@ -118,14 +118,14 @@ class ClassPrototypes(nn.Module):
         The mean of concept_logits is what those prototypes add to the logits. The rest comes from
         the prototypes of other classes.
         """
-        similarity = self.similarity(cosines)
-        scores = self.scores(similarity)
         W = self.class_weights()
-        with torch.autocast(scores.device.type, enabled=False):  # bf16 rounds classes together
+        with torch.autocast(cosines.device.type, enabled=False):  # bf16 rounds classes together
+            similarity = self.similarity(cosines)
+            scores = self.scores(similarity)
             logits = scores @ W.T
-        if labels is None:
-            labels = logits.argmax(1)
-        maps = self.maps(similarity, labels)
+            if labels is None:
+                labels = logits.argmax(1)
+            maps = self.maps(similarity, labels)
         background = torch.zeros_like(maps[:, :1])
         maps = torch.cat([maps, background], dim=1).unflatten(2, self.grid)
         votes = scores[:, None] * W  # (B, C, C m), to a class, of a prototype
@@ -149,7 +149,8 @@ class ClassPrototypes(nn.Module):
         if self.last_only:
             losses["last_layer"] = 1e-4 * (self.last * (1 - self.own)).abs().sum()
         else:
-            losses |= self.map_losses(z, shallow, cosines, labels)
+            with torch.autocast(z.device.type, enabled=False):
+                losses |= self.map_losses(z, shallow, cosines, labels)
         return losses, logits
 
     def map_losses(self, z, shallow, cosines, labels):
@@ -301,8 +302,7 @@ def peak_cosines(e, peaks):
     e = F.normalize(to_float32(e), dim=2)
     index = peaks[..., None].expand(-1, -1, e.shape[2])
     at_peaks = e.gather(1, index)  # (B, m, D)
-    with torch.autocast(e.device.type, enabled=False):
-        return at_peaks @ e.transpose(1, 2)
+    return at_peaks @ e.transpose(1, 2)
 
 
 class Huang(ClassPrototypes):
@@ -394,13 +394,10 @@ class ProtoPool(ProtoPNet):
         return super().similarity(cosines - cosines.mean(1, keepdim=True))
 
     def scores(self, similarity):
-        g = similarity.amax(1)  # (B, P)
-        with torch.autocast(g.device.type, enabled=False):
-            return g @ self.q.flatten(0, 1).T
+        return similarity.amax(1) @ self.q.flatten(0, 1).T
 
     def maps(self, similarity, labels):
-        with torch.autocast(similarity.device.type, enabled=False):
-            return self.q[labels] @ similarity.transpose(1, 2)
+        return self.q[labels] @ similarity.transpose(1, 2)
 
     def owned(self, labels):
         shares = self.q.detach().sum(1)  # (C, P)

@@ -96,7 +96,7 @@ FAMILY = ["protopnet", "huang", "tesnet", "protopool"]
 
 
 def class_weights(model):
-    """What a prototype or slot adds to a class, by the definitions: (C, C, m), to class, of class."""
+    """What a prototype or slot adds to a class, as defined: (C, C, m), to class, of class."""
     own = torch.eye(3)[:, :, None].expand(3, 3, 10)
     if isinstance(model, METHODS["huang"]):
         return own * 10 * model.last.softmax(1)  # positive, of sum m, for the own class alone
