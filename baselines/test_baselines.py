@@ -291,13 +291,15 @@ def test_every_trained_parameter_has_one_rate(method, tune):
     for group in model.parameter_groups(RATES):
         for p in group["params"]:
             rates[id(p)].append(group["lr"])
-    slow = {"prompts", "free_prompts", "add_on", "vectors", "log_scale", "slots", "concepts"}
+    slow = {"prompts", "free_prompts", "add_on", "vectors", "log_scale", "concepts"}
     for name, p in model.named_parameters():
         part = name.split(".")[0]
         if part == "backbone":
             rate = 4.0 if tune == "all" else 2.0
         elif name == "concepts.0.bias":
             rate = 3.0
+        elif part == "slots":
+            rate = 0.3 * 2.0
         else:
             rate = 2.0 if part in slow else 1.0
         assert rates[id(p)] == [rate] or not p.requires_grad, name
