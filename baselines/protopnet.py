@@ -352,9 +352,9 @@ class ProtoPool(ProtoPNet):
         2. W learns, with 1e-4 times the L1 norm of its weights to other classes, and so does A:
            a prototype stays the patch e_p of an image, since the ViT is frozen, so p = A e_p.
 
-    In the paper W alone learns in stage 2. Here that does not make up for the projection, 50 to
-    58 % on the validation split; with A, over the run's second half, 69 %. Their program mixes
-    distances, then takes logarithms, ours similarities. Its cosines of slots are those of the
+    In the paper W alone learns in stage 2. Here that does not make up for the projection, 48 to
+    58 % on the validation split; with A, over half of the run, 63 to 69. Their program mixes
+    distances, then takes logarithms; ours mixes similarities. Its cosines of slots are those of the
     logits; the paper's, like ours, those of q. It has mixup, and slots at the prototypes' rate.
     """
 
