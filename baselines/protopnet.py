@@ -189,7 +189,7 @@ class ProtoPNet(ClassPrototypes):
     every ten epochs and then trains all layers again; we project once.
     """
 
-    rates = dict(lr=3e-3, lr_prototypes=3e-3)
+    rates = dict(lr=1e-3, lr_prototypes=3e-3)
 
     def last_stage_begins(self, epochs):
         """Five epochs before the end, or half of a short run; a single epoch has no last stage."""
@@ -267,7 +267,7 @@ class TesNet(ProtoPNet):
     random positive numbers. Their program trains W and penalises it in stage 1, too.
     """
 
-    rates = dict(lr=3e-3, lr_prototypes=3e-3)
+    rates = dict(lr=1e-3, lr_prototypes=3e-3)
 
     def __init__(self, backbone, num_classes, per_class=10, width=128, tune="none"):
         super().__init__(backbone, num_classes, per_class, width, tune)
