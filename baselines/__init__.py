@@ -16,7 +16,7 @@ number of channels, background last. A subclass of IVPT has no
 losses of its own: train.ivpt_losses serves it. To add a method, write its class and name it in
 METHODS.
 """
-from baselines.protopnet import Huang, ProtoPNet
+from baselines.protopnet import Huang, ProtoPNet, ProtoPool, TesNet
 from baselines.vpt import VPTDeep, VPTDeepPrototypes
 from model import IVPT, ivpt_arguments
 
@@ -25,6 +25,8 @@ METHODS = {
     "vpt-deep-proto": VPTDeepPrototypes,
     "protopnet": ProtoPNet,
     "huang": Huang,
+    "tesnet": TesNet,
+    "protopool": ProtoPool,
 }
 
 

@@ -90,67 +90,140 @@ def test_vpt_deep_with_prototypes_is_a_concept_layer_on_prompted_patches():
     assert reached(model, F.cross_entropy(out.logits, torch.tensor([0, 1]))) == learners
 
 
-# ---------------------------------------------------------------- ProtoPNet, Huang et al.
+# ---------------------------------------------------------------- ProtoPNet and its family
+
+FAMILY = ["protopnet", "huang", "tesnet", "protopool"]
+
 
 def class_weights(model):
-    """What a prototype adds to a class, by the definitions: (C, C, m), to class, of class."""
-    own = torch.eye(3)[:, :, None]
+    """What a prototype or slot adds to a class, as defined: (C, C, m), to class, of class."""
+    own = torch.eye(3)[:, :, None].expand(3, 3, 10)
     if isinstance(model, METHODS["huang"]):
         return own * 10 * model.last.softmax(1)  # positive, of sum m, for the own class alone
+    if isinstance(model, METHODS["protopool"]):
+        return own
     return own - 0.5 * (1 - own)
 
 
-@pytest.mark.parametrize("method", ["protopnet", "huang"])
-def test_protopnet_scores_by_hand_and_votes_sum_to_the_logits(method):
+@pytest.mark.parametrize("method", FAMILY)
+def test_prototypes_score_by_hand_and_their_votes_sum_to_the_logits(method):
+    torch.manual_seed(0)
     model, images = tiny_baseline(method), torch.randn(2, 3, 40, 40)
-    if method == "protopnet":
-        model.last.data = 1.5 * model.own - 0.5
+    if method != "huang":
+        model.last.data = class_weights(model).flatten(1).clone()
     labels = torch.tensor([2, 0])
-    z, _, d2 = model.compare(images)
+    e, _ = model.patches(images)
+    torch.testing.assert_close(e, model.backbone(images)[:, 5:])
     out, W = model(images, labels), class_weights(model)
     for b, label in enumerate(labels):
-        distance = torch.cdist(z[b], model.vectors).square().T.unflatten(0, (3, 10))  # (C, m, N)
-        similarity = ((distance + 1) / (distance + 1e-4)).log()
-        scores = similarity.amax(2)  # (C, m)
-        close = dict(atol=1e-3, rtol=1e-3)  # d2 is computed by the binomial formula
+        z = model.add_on(e[b])  # (N, d)
+        similarity = F.cosine_similarity(model.vectors[:, None], z, dim=2)  # (P, N)
+        similarity = model.log_scale.exp() * similarity
+        if method == "protopool":  # focal; a slot takes one prototype
+            similarity = similarity - similarity.mean(1, keepdim=True)
+            similarity = similarity[model.slots.argmax(2).flatten()]
+        similarity = similarity.unflatten(0, (3, 10))  # (C, m, N)
+        scores = similarity.amax(2)
+        close = dict(atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(out.logits[b], (W * scores).sum((1, 2)), **close)
         shown = out.attention[0][b]
         torch.testing.assert_close(shown[:10].flatten(1), similarity[label], **close)
-        assert (shown[:10].amax(0) > shown[10]).all()  # nobody is background
+        assert (shown[10] == 0).all()  # the background
         votes = out.concept_logits[b].mean(0)  # of the prototypes shown
         others = (W * scores)[:, torch.arange(3) != label].sum((1, 2))
-        torch.testing.assert_close(votes + others, out.logits[b], atol=1e-2, rtol=1e-3)
+        torch.testing.assert_close(votes + others, out.logits[b], **close)
     predicted = model(images, out.logits.argmax(1)).attention[0]
     assert torch.equal(model(images).attention[0], predicted)
-    with torch.autocast("cpu", torch.bfloat16):  # 40 classes have logits that differ by 0.25
-        assert torch.equal(model.read(d2).logits, out.logits)
+    _, cosines = model.compare(e)
+    with torch.autocast("cpu", torch.bfloat16):  # bf16 would round classes together
+        assert torch.equal(model.read(cosines).logits, out.logits)
 
 
-def test_the_losses_of_protopnet_and_huang_written_out():
+def test_the_losses_of_the_family_written_out():
     torch.manual_seed(0)
-    d2, labels = torch.rand(2, 6, 3, 4), torch.tensor([1, 2])  # B, N, C, m
-    nearest = d2.amin((1, 3))  # (B, C)
-    torch.testing.assert_close(protopnet.cluster(d2, labels), nearest[[0, 1], labels].mean())
-    others = torch.stack([nearest[0, [0, 2]].min(), nearest[1, :2].min()])
-    torch.testing.assert_close(protopnet.separation(d2, labels), -others.mean())
-    z, shallow, total = torch.rand(2, 6, 5), torch.rand(2, 6, 7), 0
-    for b, label in enumerate(labels):
-        for j in range(4):
-            peak = d2[b, :, label, j].argmin()
+    distance = torch.rand(2, 6, 5)  # B, N, P
+    own = torch.tensor([[True, True, False, False, False], [False, False, False, True, True]])
+    nearest = distance.amin(1)
+    inside = nearest[0, :2].min() + nearest[1, 3:].min()
+    outside = nearest[0, 2:].min() + nearest[1, :3].min()
+    torch.testing.assert_close(protopnet.cluster(distance, own), inside / 2)
+    torch.testing.assert_close(protopnet.separation(distance, own), -outside / 2)
+    z, shallow, peaks = torch.rand(2, 6, 5), torch.rand(2, 6, 7), torch.tensor([[0, 3], [5, 5]])
+    total = 0
+    for b in range(2):
+        for peak in peaks[b]:
             deep = F.cosine_similarity(z[b, peak], z[b], dim=1)
             early = F.cosine_similarity(shallow[b, peak], shallow[b], dim=1)
             total += F.relu((deep - early).abs() - 0.1).sum().item()
-    found = protopnet.alignment(z, shallow, d2, labels).item()
-    assert found == pytest.approx(total / (2 * 4 * 6), rel=1e-4)
+    found = protopnet.alignment(z, shallow, peaks).item()
+    assert found == pytest.approx(total / (2 * 2 * 6), rel=1e-4)
+    images, labels = torch.randn(2, 3, 40, 40), torch.tensor([1, 2])
+    for method, offset, slope in (("protopnet", 2, 2), ("tesnet", 0, 1), ("huang", 0, 1)):
+        model = tiny_baseline(method)
+        _, cosines = model.compare(model.patches(images)[0])
+        best = cosines.amax(1)
+        distance = offset - slope * torch.stack([best[0, 10:20].max(), best[1, 20:].max()]).mean()
+        losses, _ = model.losses(images, labels)
+        torch.testing.assert_close(losses["cluster"], 0.8 * distance)
     model = tiny_baseline("protopnet")
     model.set_epoch(1, 2)
-    losses, _ = model.losses(torch.randn(2, 3, 40, 40), labels)
+    losses, _ = model.losses(images, labels)
     wrong = [model.last[c, k].abs() for c in range(3) for k in range(30) if k // 10 != c]
     torch.testing.assert_close(losses["last_layer"], 1e-4 * sum(wrong))
 
 
-def test_projection_puts_every_prototype_on_a_patch_of_its_class_before_the_last_stage():
-    model = tiny_baseline("protopnet")
+def test_tesnet_has_orthonormal_bases_of_subspaces_that_part():
+    torch.manual_seed(0)
+    bases = F.normalize(torch.randn(3, 2, 5), dim=2)  # C, m, d
+    orthonormal, distances = 0, 0
+    for c in range(3):
+        orthonormal += (bases[c] @ bases[c].T - torch.eye(2)).abs().sum()
+        for k in range(c):
+            difference = bases[c].T @ bases[c] - bases[k].T @ bases[k]
+            distances += difference.norm() / 2 ** 0.5
+    torch.testing.assert_close(protopnet.orthonormality(bases), orthonormal)
+    torch.testing.assert_close(protopnet.subspace_separation(bases), -distances)
+    backbone = ivpt.VisionTransformer(128, 2, 8, 5, image_size=40)
+    model = METHODS["tesnet"](backbone, 3)
+    own = model.unit_vectors().unflatten(0, (3, 10))
+    assert protopnet.orthonormality(own) < 1e-3  # at the start
+    tilted = own + 0.3 * own.roll(1, 1)
+    tilted = F.normalize(tilted, dim=2)
+    assert protopnet.orthonormality(tilted) > 1
+    same = own[:1].expand(3, -1, -1)
+    assert protopnet.subspace_separation(own) < protopnet.subspace_separation(same) - 1
+
+
+def test_slots_of_protopool_become_one_hot_and_share_the_pool():
+    model = tiny_baseline("protopool").train()
+    assert model.vectors.shape == (202, 128) and model.slots.shape == (3, 10, 202)
+    model.slots.data.mul_(0.2)  # the deviation at the start of training
+    largest = []  # share of every slot, mean
+    for epoch in range(8):
+        model.set_epoch(epoch, 8)
+        q = model.assignment()
+        torch.testing.assert_close(q.sum(2), torch.ones(3, 10))
+        largest.append(q.amax(2).mean().item())
+    assert largest[0] < largest[3] < 1 and largest[4:] == [1] * 4
+    assert torch.equal(q.argmax(2), model.slots.argmax(2))  # no noise in the last stage
+    model.last_only = False
+    assert not torch.equal(model.assignment(), model.assignment())
+    model.eval()
+    assert torch.equal(model.assignment(), q)
+    model.q = torch.zeros(3, 10, 202)
+    model.q[:, :, 7] = 1.0  # all slots of all classes
+    images, labels = torch.randn(2, 3, 40, 40), torch.tensor([0, 2])
+    assert model.owned(labels).nonzero()[:, 1].tolist() == [7, 7]
+    _, cosines = model.compare(model.patches(images)[0])
+    model.q = torch.eye(202)[:30].view(3, 10, 202)  # every slot another one
+    assert model.map_losses(None, None, cosines, labels)["slots"].item() == pytest.approx(0)
+    model.q[:, 1] = model.q[:, 0]  # two of ten are the same, in each class
+    assert model.map_losses(None, None, cosines, labels)["slots"].item() == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("method", ["protopnet", "tesnet", "protopool"])
+def test_projection_puts_every_prototype_on_a_patch_of_its_class_before_the_last_stage(method):
+    model = tiny_baseline(method)
     images = torch.randn(9, 3, 40, 40)
     dataset = [(image, i % 2) for i, image in enumerate(images)]  # class 2 has no image
     before, stages = model.vectors.detach().clone(), []
@@ -160,37 +233,54 @@ def test_projection_puts_every_prototype_on_a_patch_of_its_class_before_the_last
         model.after_epoch(epoch, 6, dataset)
         assert torch.equal(model.vectors, before) == (epoch < 2), epoch
     assert stages == [False] * 3 + [True] * 3
-    assert torch.equal(model.vectors[20:], before[20:])
-    for c in (0, 1):
-        patches = model.compare(images[c::2])[0].flatten(0, 1)
-        nearest = torch.cdist(before[10 * c:10 * c + 10], patches).argmin(1)
-        torch.testing.assert_close(model.vectors[10 * c:10 * c + 10], patches[nearest])
-    model.set_epoch(25 - 6, 25)
-    assert not model.last_only  # five epochs for the last layer
+    owned = model.owned(torch.arange(3))  # (C, P)
+    patches = [model.add_on(model.patches(images[c::2])[0]).flatten(0, 1) for c in (0, 1)]
+    for j in owned[:2].any(0).nonzero().flatten():
+        allowed = torch.cat([patches[c] for c in (0, 1) if owned[c, j]])
+        nearest = F.cosine_similarity(before[j], allowed, dim=1).argmax()
+        torch.testing.assert_close(model.vectors[j], allowed[nearest], atol=1e-4, rtol=1e-4)
+    if method == "protopool":  # the patch stays the same when A learns
+        model.add_on.weight.data.mul_(torch.rand(128))
+        model.after_epoch(5, 6, dataset)
+        j = owned[0].nonzero()[0]
+        torch.testing.assert_close(model.vectors[j], model.add_on(model.sources[j]))
+        torch.testing.assert_close(model.unit_vectors()[j], F.normalize(model.vectors[j], dim=1))
+    else:
+        assert torch.equal(model.vectors[20:], before[20:])
+        model.set_epoch(25 - 6, 25)
+        assert not model.last_only  # five epochs for the last layer
 
 
 # ---------------------------------------------------------------- all
 
 def test_each_loss_reaches_what_its_paper_trains():
     images, labels = torch.randn(2, 3, 40, 40), torch.tensor([0, 1])
-    first_stage = {"classification", "cluster", "separation"}
     layers = {"add_on", "vectors"}
+    scores = layers | {"log_scale"}
+    first_stage = dict(classification=scores, cluster=layers, separation=layers)
+    bases = {"vectors"}
     expected = {
         "vpt-deep": {"classification": {"prompts", "classifier"}},
-        "protopnet": dict.fromkeys(first_stage, layers),
-        "huang": dict.fromkeys(first_stage, layers) | {
-            "classification": layers | {"last"}, "alignment": {"add_on"}},
+        "protopnet": first_stage,
+        "huang": first_stage | dict(
+            classification=scores | {"last"}, orthonormality=bases, alignment={"add_on"}),
+        "tesnet": first_stage | dict(orthonormality=bases, subspaces=bases),
+        "protopool": first_stage | dict(classification=scores | {"slots"}, slots={"slots"}),
     }
     for method, learners in expected.items():
         model = tiny_baseline(method).train()
         losses, logits = model.losses(images, labels)
         assert {name: reached(model, loss) for name, loss in losses.items()} == learners, method
         assert torch.equal(losses["classification"], F.cross_entropy(logits, labels))
-    model = tiny_baseline("protopnet").train()
-    model.set_epoch(1, 2)
-    losses, _ = model.losses(images, labels)
-    found = {name: reached(model, loss) for name, loss in losses.items()}
-    assert found == {"classification": {"last"}, "last_layer": {"last"}}
+    for method in ("protopnet", "tesnet", "protopool"):
+        model = tiny_baseline(method).train()
+        model.set_epoch(1, 2)
+        losses, _ = model.losses(images, labels)
+        found = {name: reached(model, loss) for name, loss in losses.items()}
+        learners = {"last"}
+        if method == "protopool":  # its prototypes stay patches of images whatever A becomes
+            learners = {"last", "add_on", "log_scale"}
+        assert found == {"classification": learners, "last_layer": {"last"}}, method
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -201,13 +291,15 @@ def test_every_trained_parameter_has_one_rate(method, tune):
     for group in model.parameter_groups(RATES):
         for p in group["params"]:
             rates[id(p)].append(group["lr"])
-    slow = {"prompts", "free_prompts", "add_on", "vectors", "concepts"}
+    slow = {"prompts", "free_prompts", "add_on", "vectors", "log_scale", "concepts"}
     for name, p in model.named_parameters():
         part = name.split(".")[0]
         if part == "backbone":
             rate = 4.0 if tune == "all" else 2.0
         elif name == "concepts.0.bias":
             rate = 3.0
+        elif part == "slots":
+            rate = 0.3 * 2.0
         else:
             rate = 2.0 if part in slow else 1.0
         assert rates[id(p)] == [rate] or not p.requires_grad, name
@@ -218,7 +310,7 @@ def test_a_checkpoint_gives_the_baseline_back(method, tmp_path):
     images, options = torch.randn(2, 3, 40, 40), options_of(method)
     model = ivpt.build(options, 3).eval()
     assert {"lr", "lr_prototypes"} == model.rates.keys()
-    assert model.class_specific == (method in ("protopnet", "huang"))
+    assert model.class_specific == (method in FAMILY)
     ivpt.save(tmp_path / "last.pt", dict(
         options=options, classes=["a", "b", "c"], model=ivpt.trained_state(model),
         fingerprint=ivpt.fingerprint(model)))
@@ -234,7 +326,7 @@ def test_every_method_trains_from_the_command_line_resumes_and_evaluates(method,
                "--image-size", "40", "--batch-size", "10", "--workers", "0", "--device", "cpu",
                "--out", str(tmp_path / "run")]
     train.train(train.parse([*options, "--epochs", "1"]))
-    if method != "protopnet":  # its stages are counted from the last epoch
+    if not hasattr(METHODS[method], "set_epoch"):  # stages are counted from the last epoch
         train.train(train.parse([*options, "--epochs", "2", "--resume"]))
     else:
         train.train(train.parse([*options, "--epochs", "2", "--overwrite"]))
