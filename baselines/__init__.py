@@ -16,13 +16,17 @@ number of channels, background last. A subclass of IVPT has no
 losses of its own: train.ivpt_losses serves it. To add a method, write its class and name it in
 METHODS.
 """
+from baselines.prompt_cam import PromptCAM
 from baselines.protopnet import Huang, ProtoPNet
-from baselines.vpt import VPTDeep, VPTDeepPrototypes
+from baselines.vpt import E2VPT, GatedVPT, VPTDeep, VPTDeepPrototypes
 from model import IVPT, ivpt_arguments
 
 METHODS = {
     "vpt-deep": VPTDeep,
     "vpt-deep-proto": VPTDeepPrototypes,
+    "e2vpt": E2VPT,
+    "gated-vpt": GatedVPT,
+    "prompt-cam": PromptCAM,
     "protopnet": ProtoPNet,
     "huang": Huang,
 }
