@@ -48,7 +48,8 @@ class PromptCAM(VPTDeep):
         for block, prompts in zip(blocks, self.prompts):
             tokens = block(tokens, prompts.expand(B, -1, -1))
         prompts = self.prompts[-1].expand(B, -1, -1)  # (B, C, D)
-        q, k, v = last.attn.heads_of(last.norm1(torch.cat([tokens, prompts], dim=1)))
+        x = torch.cat([tokens, prompts], dim=1)
+        q, k, v = last.attn.heads_of(last.norm1(x))
         q = q[:, :, T:]  # (B, heads, C, 64): what becomes of the other tokens is not read
         z = self.backbone.norm(run_block(last, prompts, q, k, v))
         logits = to_float32(self.classifier(z))[..., 0]  # (B, C)
@@ -58,6 +59,6 @@ class PromptCAM(VPTDeep):
                 labels = logits.argmax(1)
             each = torch.arange(B, device=q.device)
             shown = q[each, :, labels]  # (B, heads, 64)
-            weights = attention_weights(shown[:, :, None], k)[:, :, 0]  # (B, heads, J)
-            attention.append(prompt_maps(weights, self.backbone))
+            weights = attention_weights(shown[:, :, None], k)  # (B, heads, 1, J)
+            attention.append(prompt_maps(weights[:, :, 0], self.backbone))
         return Output(logits, None, attention, [], [], z)

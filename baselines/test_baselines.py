@@ -21,7 +21,7 @@ from baselines import METHODS, protopnet
 from explore import explain, gallery
 from prepare import toy_birds
 
-RATES = SimpleNamespace(lr=1.0, lr_prototypes=2.0, lr_bias=3.0, lr_backbone=4.0)
+RATES = SimpleNamespace(lr=1.0, lr_prototypes=2.0, lr_bias=3.0, lr_backbone=4.0, lr_fusion=5.0)
 
 
 def options_of(method, **changes):
@@ -377,13 +377,15 @@ def test_every_trained_parameter_has_one_rate(method, tune):
     for group in model.parameter_groups(RATES):
         for p in group["params"]:
             rates[id(p)].append(group["lr"])
-    slow = {"prompts", "free_prompts", "key_values", "add_on", "vectors", "concepts"}
+    slow = {"prompts", "key_values", "add_on", "vectors", "concepts"}
     for name, p in model.named_parameters():
         part = name.split(".")[0]
         if part == "backbone":
             rate = 4.0 if tune == "all" else 2.0
         elif name == "concepts.0.bias":
             rate = 3.0
+        elif name == "free_prompts":
+            rate = 5.0
         else:
             rate = 2.0 if part in slow else 1.0
         assert rates[id(p)] == [rate] or not p.requires_grad, name
@@ -393,7 +395,7 @@ def test_every_trained_parameter_has_one_rate(method, tune):
 def test_a_checkpoint_gives_the_baseline_back(method, tmp_path):
     images, options = torch.randn(2, 3, 40, 40), options_of(method)
     model = ivpt.build(options, 3).eval()
-    assert {"lr", "lr_prototypes"} == model.rates.keys()
+    assert {"lr", "lr_prototypes"} <= model.rates.keys()
     assert model.class_specific == (method in ("protopnet", "huang", "prompt-cam"))
     ivpt.save(tmp_path / "last.pt", dict(
         options=options, classes=["a", "b", "c"], model=ivpt.trained_state(model),

@@ -46,9 +46,11 @@ def prompt_maps(weights, backbone):
 
     The last map, the background, is an even share of the attention, 1 / J.
     """
+    J = weights.shape[2]
     first = backbone.prefix
-    patches = weights[:, :, first:first + math.prod(backbone.grid)]
-    even = torch.full_like(patches[:, :1], 1 / weights.shape[2])
+    end = first + math.prod(backbone.grid)
+    patches = weights[:, :, first:end]
+    even = torch.full_like(patches[:, :1], 1 / J)
     return torch.cat([patches, even], dim=1).unflatten(2, backbone.grid)
 
 
@@ -76,15 +78,18 @@ class VPTDeep(nn.Module):
         self.backbone = backbone
         self.tune = tune
         self.grid = backbone.grid
-        self.prompts = new_prompts(len(backbone.blocks), num_prompts, backbone)
+        num_blocks = len(backbone.blocks)
+        self.num_shown = min(5, num_blocks)
+        self.prompts = new_prompts(num_blocks, num_prompts, backbone)
         self.classifier = nn.Linear(backbone.width, num_classes)
         nn.init.trunc_normal_(self.classifier.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
 
     @property
     def prototypes(self):
-        """Of each of the last five blocks: the number of prompts, and one for the background."""
-        return (self.prompts.shape[1] + 1,) * min(5, len(self.backbone.blocks))
+        """Of each block that is shown: the number of prompts, and one for the background."""
+        num_prompts = self.prompts.shape[1]
+        return (num_prompts + 1,) * self.num_shown
 
     def heads_of(self, l, x):
         """Queries, keys, values of block l for x (B, T + G, D), the tokens before the prompts."""
@@ -101,12 +106,13 @@ class VPTDeep(nn.Module):
         Its attention (B, G + 1, h, w) does not sum to 1, and is empty while training.
         """
         blocks = self.backbone.blocks
-        first_shown = len(blocks) - len(self.prototypes)
+        first_shown = len(blocks) - self.num_shown
         attention = []
         tokens = self.backbone.embed(images)
         B, T, _ = tokens.shape
         for l, block in enumerate(blocks):
-            x = torch.cat([tokens, prompts[l].expand(B, -1, -1)], dim=1)
+            own_prompts = prompts[l].expand(B, -1, -1)  # (B, G, D)
+            x = torch.cat([tokens, own_prompts], dim=1)
             q, k, v = self.heads_of(l, x)  # (B, heads, T + G, 64)
             if not self.training and l >= first_shown:
                 weights = attention_weights(q[:, :, T:], k).mean(1)  # (B, G, J)
@@ -162,7 +168,8 @@ class VPTDeepPrototypes(IVPT):
         backbone_rate = args.lr_backbone if self.tune == "all" else args.lr_prototypes
         return [
             dict(params=[*self.classifier.parameters(), *self.norm.parameters()], lr=args.lr),
-            dict(params=[concept.prototypes, self.free_prompts], lr=args.lr_prototypes),
+            dict(params=[self.free_prompts], lr=args.lr_fusion),
+            dict(params=[concept.prototypes], lr=args.lr_prototypes),
             dict(params=[concept.bias], lr=args.lr_bias),
             dict(params=self.backbone.parameters(), lr=backbone_rate),  # frozen unless tuned
         ]
@@ -193,7 +200,9 @@ class E2VPT(VPTDeep):
 
     def __init__(self, backbone, num_classes, num_prompts=5, tune="none"):
         super().__init__(backbone, num_classes, num_prompts, tune)
-        key_values = torch.empty(len(backbone.blocks), backbone.width // 64, 5, 64)
+        num_blocks = len(backbone.blocks)
+        heads = backbone.width // 64
+        key_values = torch.empty(num_blocks, heads, 5, 64)
         bound = math.sqrt(6 / (5 * 64))  # Kaiming's
         self.key_values = nn.Parameter(key_values.uniform_(-bound, bound))  # R
         self.register_buffer("mask", torch.ones(num_prompts, self.num_segments))
@@ -203,16 +212,20 @@ class E2VPT(VPTDeep):
     @property
     def prototypes(self):
         num_kept = int(self.mask.any(1).sum())
-        return (num_kept + 1,) * min(5, len(self.backbone.blocks))
+        return (num_kept + 1,) * self.num_shown
 
     def heads_of(self, l, x):
         q, k, v = super().heads_of(l, x)
-        R = self.key_values[l].to(k.dtype).expand(len(x), -1, -1, -1)  # (B, heads, 5, 64)
-        return q, torch.cat([k, R], dim=2), torch.cat([v, R], dim=2)
+        R = self.key_values[l].to(k.dtype)
+        R = R.expand(len(x), -1, -1, -1)  # (B, heads, 5, 64)
+        k = torch.cat([k, R], dim=2)
+        v = torch.cat([v, R], dim=2)
+        return q, k, v
 
     def forward(self, images):
         kept = self.mask.any(1)
-        return self.read(images, self.masked(self.mask)[:, :, kept])
+        prompts = self.masked(self.mask)[:, :, kept]
+        return self.read(images, prompts)
 
     def masked(self, mask):
         """The prompts of all blocks times a mask (G, 16) or (B, G, 16): (blocks, 1 or B, G, D)."""
@@ -226,9 +239,12 @@ class E2VPT(VPTDeep):
     def importance(self, dataset):
         """Of the prompts (G) and their segments (G, 16), summed over the images of the dataset."""
         device = self.mask.device
-        tokens, segments = torch.zeros_like(self.mask[:, 0]), torch.zeros_like(self.mask)
+        segments = torch.zeros_like(self.mask)
+        tokens = torch.zeros_like(self.mask[:, 0])
         for images, labels, *_ in DataLoader(dataset, 16):
-            masks = self.mask.new_ones(len(images), *self.mask.shape).requires_grad_()
+            B = len(images)
+            masks = self.mask.new_ones(B, *self.mask.shape)  # (B, G, 16)
+            masks.requires_grad_()
             logits = self.read(images.to(device), self.masked(masks)).logits
             loss = F.cross_entropy(logits, labels.to(device), reduction="sum")
             gradient, = torch.autograd.grad(loss, masks)  # of every image by its own mask
@@ -240,9 +256,11 @@ class E2VPT(VPTDeep):
     @torch.no_grad()
     def prune(self, tokens, segments):
         """Sets the mask by the importance of prompts (G) and segments (G, 16), and rewinds."""
-        least = segments.argsort(dim=1)[:, :self.pruned_segments]
-        self.mask.fill_(1).scatter_(1, least, 0)
-        self.mask[tokens.argsort()[:self.pruned_tokens]] = 0
+        least_segments = segments.argsort(dim=1)[:, :self.pruned_segments]
+        least_tokens = tokens.argsort()[:self.pruned_tokens]
+        self.mask.fill_(1)
+        self.mask.scatter_(1, least_segments, 0)
+        self.mask[least_tokens] = 0
         self.prompts.copy_(self.first_prompts)
         self.key_values.copy_(self.first_key_values)
 
@@ -276,17 +294,14 @@ class GatedVPT(VPTDeep):
     def __init__(self, backbone, num_classes, num_prompts=10, tune="none"):
         super().__init__(backbone, num_classes, num_prompts, tune)
         num_blocks = len(backbone.blocks)
+        self.num_shown = min(5, num_blocks - 1)
         self.prompts = new_prompts(1, num_prompts, backbone)  # P_0
         self.gates = nn.Parameter(torch.full((num_blocks - 1,), -5.0))
         self.temperatures = nn.Parameter(torch.ones(num_blocks))
 
-    @property
-    def prototypes(self):
-        return (self.prompts.shape[1] + 1,) * min(5, len(self.gates))
-
     def forward(self, images):
         """images (B, 3, H, W) -> Output, as VPT-Deep's."""
-        first_shown = len(self.gates) - len(self.prototypes)
+        first_shown = len(self.gates) - self.num_shown
         attention = []
         tokens = self.backbone.embed(images)
         B, T, _ = tokens.shape
@@ -295,14 +310,14 @@ class GatedVPT(VPTDeep):
             x = torch.cat([tokens, prompts], dim=1)
             q, k, v = self.heads_of(l, x)
             x = run_block(block, x, q, k, v)
-            tokens, changed = x[:, :T], x[:, T:]
+            tokens = x[:, :T]
             if l == len(self.gates):  # the last block
                 break
             gate = self.gates[l].sigmoid()
-            prompts = gate * changed + (1 - gate) * prompts
+            prompts = gate * x[:, T:] + (1 - gate) * prompts
             if not self.training and l >= first_shown:
-                weights = gate * attention_weights(q[:, :, T:], k).mean(1)  # (B, G, J)
-                attention.append(prompt_maps(weights, self.backbone))
+                weights = attention_weights(q[:, :, T:], k).mean(1)  # (B, G, J)
+                attention.append(prompt_maps(gate * weights, self.backbone))
         return self.output(tokens, attention)
 
     def heads_of(self, l, x):
