@@ -423,6 +423,8 @@ def train(args):
             model = ivpt.build(asdict(args), len(dataset.classes), model.backbone).to(device)
         if args.start == "kmeans" and args.method == "ivpt":
             ivpt.start_prototypes(model, unaugmented, args.seed)
+        if hasattr(model, "start"):  # a baseline that starts from the images
+            model.start(unaugmented)
     optimizer, scheduler = make_optimizer(model, args)
     finished = 0
     if args.resume:

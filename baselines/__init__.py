@@ -8,6 +8,7 @@ A method is an nn.Module with
     forward(images) -> model.Output           class_specific: forward(images, labels=None)
     losses(images, labels)                    -> (dict of losses without their sum, logits)
     parameter_groups(args)                    -> Adam's groups, with the rates of batch size 16
+    start(dataset)                            where it needs images to start: called once
     set_epoch(epoch, epochs)                  where it has stages: called before every epoch
     after_epoch(epoch, epochs, dataset)       and after it; dataset: training images, test view
 

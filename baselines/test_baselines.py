@@ -216,11 +216,12 @@ def test_prompt_cam_scores_every_class_by_its_own_prompt():
     """Prompts as full tokens; the class's prompt looks at patches with each head of its own."""
     model, images = tiny_baseline("prompt-cam", classes=4), torch.randn(2, 3, 40, 40)
     backbone, labels = model.backbone, torch.tensor([3, 1])
-    assert model.prompts.shape == (5, 4, 128) and model.classifier.weight.shape == (1, 128)
+    assert model.prompts.shape == (4, 4, 128) and model.class_prompts.shape == (1, 4, 128)
+    assert model.classifier.weight.shape == (1, 128)
     with torch.no_grad():
         out, tokens = model(images, labels), backbone.embed(images)
         T = tokens.shape[1]
-        for block, prompts in zip(backbone.blocks, model.prompts):
+        for block, prompts in zip(backbone.blocks, [*model.prompts, *model.class_prompts]):
             before = torch.cat([tokens, prompts.expand(2, -1, -1)], 1)
             after = block(before)
             tokens = after[:, :T]
@@ -239,12 +240,17 @@ def test_prompt_cam_scores_every_class_by_its_own_prompt():
     assert model.train()(images).attention == []
 
 
-def test_where_two_prompts_of_the_last_block_change_places_their_classes_change_scores():
+def test_class_prompts_that_change_places_change_the_scores_and_start_around_the_mean_cls_token():
     model, images = tiny_baseline("prompt-cam", classes=4), torch.randn(2, 3, 40, 40)
     with torch.no_grad():
         logits = model(images).logits
-        model.prompts[-1] = model.prompts[-1, [2, 1, 0, 3]]
+        model.class_prompts.copy_(model.class_prompts[:, [2, 1, 0, 3]])
         torch.testing.assert_close(model(images).logits, logits[:, [2, 1, 0, 3]])
+        before, tokens = model.class_prompts.clone(), model.backbone.embed(images)
+        for block, prompts in zip(model.backbone.blocks, model.prompts):
+            tokens = block(tokens, prompts.expand(2, -1, -1))
+        model.start([(images[0], 0), (images[1], 3)])
+        torch.testing.assert_close(model.class_prompts - before, tokens[:, 0].mean(0).expand(1, 4, -1))
 
 
 @pytest.mark.parametrize("method", ["vpt-deep", "e2vpt", "gated-vpt", "prompt-cam"])
@@ -352,7 +358,7 @@ def test_each_loss_reaches_what_its_paper_trains():
         "vpt-deep": {"classification": {"prompts", "classifier"}},
         "e2vpt": {"classification": {"prompts", "classifier", "key_values"}},
         "gated-vpt": {"classification": {"prompts", "classifier", "gates", "temperatures"}},
-        "prompt-cam": {"classification": {"prompts", "classifier"}},
+        "prompt-cam": {"classification": {"prompts", "class_prompts", "classifier"}},
         "protopnet": dict.fromkeys(first_stage, layers),
         "huang": dict.fromkeys(first_stage, layers) | {
             "classification": layers | {"last"}, "alignment": {"add_on"}},
