@@ -92,6 +92,20 @@ def test_vpt_deep_with_prototypes_is_a_concept_layer_on_prompted_patches():
     assert reached(model, F.cross_entropy(out.logits, torch.tensor([0, 1]))) == learners
 
 
+def test_vpt_deep_with_prototypes_learns_by_five_of_the_losses_of_ivpt():
+    model, images = tiny_baseline("vpt-deep-proto"), torch.randn(2, 3, 40, 40)
+    labels, theta = torch.tensor([0, 1]), torch.eye(2, 3)
+    losses, _ = train.method_losses(model, images, labels, theta)
+    full, _ = train.ivpt_losses(model, images, labels, theta)
+    weights = dict(classification=1, presence=0.2, background_presence=0.2, equivariance=0.2,
+                   orthogonality=1)
+    total = losses.pop("loss")
+    assert losses.keys() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(losses[name], weight * full[name])
+    torch.testing.assert_close(total, sum(losses.values()))
+
+
 # ---------------------------------------------------------------- E2VPT
 
 def test_e2vpt_attends_to_five_more_vectors_of_every_head():
@@ -392,6 +406,8 @@ def test_every_trained_parameter_has_one_rate(method, tune):
             rate = 3.0
         elif name == "free_prompts":
             rate = 5.0
+        elif name == "gates":
+            rate = 10.0
         else:
             rate = 2.0 if part in slow else 1.0
         assert rates[id(p)] == [rate] or not p.requires_grad, name
