@@ -25,9 +25,9 @@ class PromptCAM(VPTDeep):
     MLP before they score, so heads have no votes: there are no concept_logits.
 
     Theirs trains for 130 epochs by SGD with warm-up and a cosine; we take Adam and our schedule.
-    All their prompts start as noise. For four epochs ours then learnt nothing, so P starts as noise
-    around the mean cls token before the last block, which the block can read images with. P learns
-    at the rate of w.
+    All their prompts start as noise. On cached tokens P then learnt nothing in four epochs: 3 % of
+    the validation images. So P starts as noise around the mean cls token before the last block,
+    with which that block reads an image: 71 %. P learns at the rate of w.
     """
 
     rates = dict(lr=1e-2, lr_prototypes=1e-3)

@@ -148,10 +148,10 @@ class VPTDeepPrototypes(IVPT):
     makes a prompt. Prompts learn from classification and orthogonality alone, since maps see the
     patches through a stop-gradient. They learn at --lr-fusion, as what makes prompts in IVPT.
 
-    The losses are those of IVPT's last layer. IVPT averages map losses over its five layers, so
-    they weigh a fifth here. Total variation and entropy are left out, and prototypes start nearer
-    to 0: else the background took 85 to 98 % of the patches, and accuracy fell by 7 to 20 points.
-    Nothing is fused: there is no region consistency.
+    What differs from IVPT's last layer was found on cached patches of the unprompted ViT. Map
+    losses weigh a fifth, as there they are averaged over five layers. Total variation is left out:
+    the background took 95 % of the patches. Without entropy, validation accuracy rose from 69.5 to
+    76.6 (three seeds). With prototypes from N(0, 0.05^2) it was 68.4. Nothing is fused.
     """
 
     rates = dict(lr=1e-2, lr_prototypes=2e-4, lr_fusion=1e-3)
