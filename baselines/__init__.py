@@ -14,8 +14,8 @@ A method is an nn.Module with
 
 backbone and grid are attributes, as in IVPT. So is prototypes: of each map that is shown, the
 number of channels, background last. A subclass of IVPT has no losses of its own. It trains by
-those of train.ivpt_losses, or by what of them its loss_weights name. To add a method, write its class and name it in
-METHODS.
+those of train.ivpt_losses, or by what of them its loss_weights name. To add a method, write its
+class and name it in METHODS.
 """
 from baselines.prompt_cam import PromptCAM
 from baselines.protopnet import Huang, ProtoPNet

@@ -230,7 +230,7 @@ def test_prompt_cam_scores_every_class_by_its_own_prompt():
     """Prompts as full tokens; the class's prompt looks at patches with each head of its own."""
     model, images = tiny_baseline("prompt-cam", classes=4), torch.randn(2, 3, 40, 40)
     backbone, labels = model.backbone, torch.tensor([3, 1])
-    assert model.prompts.shape == (4, 4, 128) and model.class_prompts.shape == (1, 4, 128)
+    assert model.prompts.shape == (4, 10, 128) and model.class_prompts.shape == (1, 4, 128)
     assert model.classifier.weight.shape == (1, 128)
     with torch.no_grad():
         out, tokens = model(images, labels), backbone.embed(images)
@@ -264,7 +264,8 @@ def test_class_prompts_that_change_places_change_the_scores_and_start_around_the
         for block, prompts in zip(model.backbone.blocks, model.prompts):
             tokens = block(tokens, prompts.expand(2, -1, -1))
         model.start([(images[0], 0), (images[1], 3)])
-        torch.testing.assert_close(model.class_prompts - before, tokens[:, 0].mean(0).expand(1, 4, -1))
+        moved = model.class_prompts - before
+        torch.testing.assert_close(moved, tokens[:, 0].mean(0).expand(1, 4, -1))
 
 
 @pytest.mark.parametrize("method", ["vpt-deep", "e2vpt", "gated-vpt", "prompt-cam"])
