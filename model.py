@@ -73,11 +73,15 @@ class Attention(nn.Module):
             _, prompt_k, prompt_v = self.heads_of(prompts)
             k = torch.cat([k, prompt_k], dim=2)  # (B, heads, T + G, 64)
             v = torch.cat([v, prompt_v], dim=2)
-        if x.device.type == "cpu" and q.dtype == torch.bfloat16:  # there the fused call is slower
+        return self.attend(q, k, v)
+
+    def attend(self, q, k, v):
+        """Queries (B, heads, T, 64) read the values of J tokens by their keys -> (B, T, D)."""
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # there the fused call is slower
             y = (q * 0.125 @ k.transpose(2, 3)).softmax(-1) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
+        return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):

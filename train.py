@@ -280,11 +280,15 @@ def ivpt_losses(model, images, labels, theta):
 
 
 def method_losses(model, images, labels, theta):
-    """The losses of IVPT, or those that a baseline brings along."""
-    if isinstance(model, ivpt.IVPT):
-        return ivpt_losses(model, images, labels, theta)
-    losses, logits = model.losses(images, labels)
-    losses["loss"] = sum(losses.values())
+    """The losses of IVPT, by a baseline's weights where it has some; or a baseline's own."""
+    if not isinstance(model, ivpt.IVPT):
+        losses, logits = model.losses(images, labels)
+        losses["loss"] = sum(losses.values())
+        return losses, logits
+    losses, logits = ivpt_losses(model, images, labels, theta)
+    if hasattr(model, "loss_weights"):
+        losses = {name: weight * losses[name] for name, weight in model.loss_weights.items()}
+        losses["loss"] = sum(losses.values())
     return losses, logits
 
 
@@ -423,6 +427,8 @@ def train(args):
             model = ivpt.build(asdict(args), len(dataset.classes), model.backbone).to(device)
         if args.start == "kmeans" and args.method == "ivpt":
             ivpt.start_prototypes(model, unaugmented, args.seed)
+        if hasattr(model, "start"):  # a baseline that starts from the images
+            model.start(unaugmented)
     optimizer, scheduler = make_optimizer(model, args)
     finished = 0
     if args.resume:

@@ -8,21 +8,26 @@ A method is an nn.Module with
     forward(images) -> model.Output           class_specific: forward(images, labels=None)
     losses(images, labels)                    -> (dict of losses without their sum, logits)
     parameter_groups(args)                    -> Adam's groups, with the rates of batch size 16
+    start(dataset)                            where it needs images to start: called once
     set_epoch(epoch, epochs)                  where it has stages: called before every epoch
     after_epoch(epoch, epochs, dataset)       and after it; dataset: training images, test view
 
 backbone and grid are attributes, as in IVPT. So is prototypes: of each map that is shown, the
-number of channels, background last. A subclass of IVPT has no
-losses of its own: train.ivpt_losses serves it. To add a method, write its class and name it in
-METHODS.
+number of channels, background last. A subclass of IVPT has no losses of its own. It trains by
+those of train.ivpt_losses, or by what of them its loss_weights name. To add a method, write its
+class and name it in METHODS.
 """
+from baselines.prompt_cam import PromptCAM
 from baselines.protopnet import Huang, ProtoPNet, ProtoPool, TesNet
-from baselines.vpt import VPTDeep, VPTDeepPrototypes
+from baselines.vpt import E2VPT, GatedVPT, VPTDeep, VPTDeepPrototypes
 from model import IVPT, ivpt_arguments
 
 METHODS = {
     "vpt-deep": VPTDeep,
     "vpt-deep-proto": VPTDeepPrototypes,
+    "e2vpt": E2VPT,
+    "gated-vpt": GatedVPT,
+    "prompt-cam": PromptCAM,
     "protopnet": ProtoPNet,
     "huang": Huang,
     "tesnet": TesNet,

@@ -3,6 +3,7 @@
     python -m pytest baselines
 """
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +18,10 @@ import evaluate
 import model as ivpt
 import train
 from baselines import METHODS, protopnet
+from explore import explain, gallery
 from prepare import toy_birds
 
-RATES = SimpleNamespace(lr=1.0, lr_prototypes=2.0, lr_bias=3.0, lr_backbone=4.0)
+RATES = SimpleNamespace(lr=1.0, lr_prototypes=2.0, lr_bias=3.0, lr_backbone=4.0, lr_fusion=5.0)
 
 
 def options_of(method, **changes):
@@ -88,6 +90,198 @@ def test_vpt_deep_with_prototypes_is_a_concept_layer_on_prompted_patches():
     assert reached(model, out.attention[0].square().sum()) == {"concepts"}
     learners = {"free_prompts", "concepts", "norm", "classifier"}
     assert reached(model, F.cross_entropy(out.logits, torch.tensor([0, 1]))) == learners
+
+
+def test_vpt_deep_with_prototypes_learns_by_five_of_the_losses_of_ivpt():
+    model, images = tiny_baseline("vpt-deep-proto"), torch.randn(2, 3, 40, 40)
+    labels, theta = torch.tensor([0, 1]), torch.eye(2, 3)
+    losses, _ = train.method_losses(model, images, labels, theta)
+    full, _ = train.ivpt_losses(model, images, labels, theta)
+    weights = dict(classification=1, presence=0.2, background_presence=0.2, equivariance=0.2,
+                   orthogonality=1)
+    total = losses.pop("loss")
+    assert losses.keys() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(losses[name], weight * full[name])
+    torch.testing.assert_close(total, sum(losses.values()))
+
+
+# ---------------------------------------------------------------- E2VPT
+
+def test_e2vpt_attends_to_five_more_vectors_of_every_head():
+    model, images = tiny_baseline("e2vpt"), torch.randn(2, 3, 40, 40)
+    backbone = model.backbone
+    assert model.key_values.shape == (5, 2, 5, 64) and model.prototypes == (6,) * 5
+    with torch.no_grad():
+        out, tokens = model(images), backbone.embed(images)
+        T = tokens.shape[1]
+        for l, block in enumerate(backbone.blocks):
+            x = torch.cat([tokens, model.prompts[l].expand(2, -1, -1)], 1)
+            q, k, v = block.attn.heads_of(block.norm1(x))
+            read, looks = [], []
+            for head, R in enumerate(model.key_values[l]):
+                keys = torch.cat([k[:, head], R.expand(2, -1, -1)], 1)
+                values = torch.cat([v[:, head], R.expand(2, -1, -1)], 1)
+                weights = (q[:, head] @ keys.mT / 8).softmax(-1)
+                read.append(weights @ values)
+                looks.append(weights[:, T:, 5:T])
+            a = out.attention[l]
+            mean = torch.stack(looks).mean(0).unflatten(2, (5, 5))
+            torch.testing.assert_close(a[:, :-1], mean, atol=1e-6, rtol=1e-4)
+            assert (a[:, -1] == 1 / (T + 5 + 5)).all()
+            x = x + block.ls1(block.attn.proj(torch.cat(read, 2)))
+            tokens = (x + block.ls2(block.mlp(block.norm2(x))))[:, :T]
+        logits = model.classifier(backbone.norm(tokens[:, 0]))
+    torch.testing.assert_close(out.logits, logits, atol=1e-4, rtol=1e-4)
+
+
+def test_e2vpt_importance_is_the_mean_derivative_by_the_factors_of_a_mask():
+    """dL/df of each image by itself, from a difference of two losses in float64."""
+    model, images = tiny_baseline("e2vpt").double(), torch.randn(3, 3, 40, 40).double()
+    labels, prompts, step = [0, 2, 1], model.prompts.detach().clone(), 1e-5
+    tokens, segments = model.importance([*zip(images, labels)])
+
+    def loss(image, label, token, channels, factor):
+        model.prompts.data.copy_(prompts)
+        model.prompts.data[:, token, channels] *= factor
+        with torch.no_grad():
+            return F.cross_entropy(model(image[None]).logits, torch.tensor([label]))
+
+    for token, channels, found in [(1, slice(None), tokens[1]), (4, slice(16, 24), segments[4, 2])]:
+        expected = 0
+        for image, label in zip(images, labels):
+            more, less = (loss(image, label, token, channels, 1 + d) for d in (step, -step))
+            expected += (more - less).abs().item() / (2 * step)
+        assert found.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_e2vpt_prunes_once_rewinds_and_keeps_its_mask(tmp_path):
+    model, images = tiny_baseline("e2vpt"), torch.randn(2, 3, 40, 40)
+    dataset, pruned_after = [(images[0], 0), (images[1], 2)], {}
+    for epochs in (1, 2, 3, 7, 16, 25):
+        for epoch in range(epochs):
+            model.mask.fill_(1)
+            model.after_epoch(epoch, epochs, dataset)
+            if not model.mask.all():
+                pruned_after[epochs] = pruned_after.get(epochs, []) + [epoch + 1]
+    assert pruned_after == {2: [1], 3: [1], 7: [3], 16: [4], 25: [4]}
+
+    tokens = torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0])
+    model.prune(tokens, torch.arange(16.0).roll(2).expand(5, -1))  # least: segments 2, 3, 4, 5
+    assert model.mask.sum(1).tolist() == [12, 0, 12, 12, 12]
+    assert (model.mask[0] == 0).nonzero().flatten().tolist() == [2, 3, 4, 5]
+    assert torch.equal(model.prompts, model.first_prompts)
+    assert torch.equal(model.key_values, model.first_key_values)
+    out = model(images)
+    assert model.prototypes == (5,) * 5 and out.attention[0].shape == (2, 5, 5, 5)
+    model.prompts.data[:, 1] += 1  # what was pruned has no part in it
+    model.prompts.data[:, :, 16:48] += 1
+    torch.testing.assert_close(model(images).logits, out.logits)
+    model.prompts.data[:, 0, 15] += 1
+    assert not torch.allclose(model(images).logits, out.logits)
+
+    ivpt.save(tmp_path / "last.pt", dict(
+        options=options_of("e2vpt"), classes=["a", "b", "c"], model=ivpt.trained_state(model),
+        fingerprint=ivpt.fingerprint(model)))
+    fresh = ivpt.build(options_of("e2vpt"), 3, model.backbone)
+    ivpt.restore(fresh, ivpt.read_checkpoint(tmp_path / "last.pt"), "last.pt")
+    assert torch.equal(fresh.mask, model.mask) and fresh.prototypes == (5,) * 5
+    assert torch.equal(fresh.first_prompts, model.first_prompts)
+
+
+# ---------------------------------------------------------------- gated prompt tuning
+
+def test_gates_mix_prompts_with_what_a_block_makes_of_them_and_temperatures_divide_logits():
+    model, images = tiny_baseline("gated-vpt"), torch.randn(2, 3, 40, 40)
+    backbone = model.backbone
+    assert model.prompts.shape == (1, 10, 128) and model.prototypes == (11,) * 4
+    model.gates.data = torch.tensor([-5.0, 0.0, 2.0, -1.0])
+    model.temperatures.data = torch.tensor([1.0, 0.5, 2.0, 99.0, 1e-3])
+    gates = [1 / (1 + math.exp(5)), 0.5, 1 / (1 + math.exp(-2)), 1 / (1 + math.e)]
+    with torch.no_grad():
+        out, tokens = model(images), backbone.embed(images)
+        T, prompts = tokens.shape[1], model.prompts.expand(2, -1, -1)
+        for l, t in enumerate([1.0, 0.5, 2.0, 10.0, 0.01]):  # these two are clamped
+            block = backbone.blocks[l]
+            x = torch.cat([tokens, prompts], 1)
+            q, k, v = block.attn.heads_of(block.norm1(x))
+            weights = (q @ k.mT / (8 * t)).softmax(-1)
+            x = x + block.ls1(block.attn.proj((weights @ v).transpose(1, 2).flatten(2)))
+            x = x + block.ls2(block.mlp(block.norm2(x)))
+            tokens = x[:, :T]
+            if l < 4:
+                prompts = gates[l] * x[:, T:] + (1 - gates[l]) * prompts
+                looks = gates[l] * weights.mean(1)[:, T:, 5:T].unflatten(2, (5, 5))
+                a = out.attention[l]
+                torch.testing.assert_close(a[:, :-1], looks, atol=1e-6, rtol=1e-4)
+                assert (a[:, -1] == 1 / (T + 10)).all()
+        logits = model.classifier(backbone.norm(tokens[:, 0]))
+    torch.testing.assert_close(out.logits, logits, atol=1e-4, rtol=1e-4)
+
+
+def test_gates_start_almost_closed_and_temperatures_at_one():
+    model = ivpt.build(options_of("gated-vpt"), 3)
+    assert model.gates.tolist() == [-5.0] * 5 and model.temperatures.tolist() == [1.0] * 6
+
+
+# ---------------------------------------------------------------- Prompt-CAM
+
+def test_prompt_cam_scores_every_class_by_its_own_prompt():
+    """Prompts as full tokens; the class's prompt looks at patches with each head of its own."""
+    model, images = tiny_baseline("prompt-cam", classes=4), torch.randn(2, 3, 40, 40)
+    backbone, labels = model.backbone, torch.tensor([3, 1])
+    assert model.prompts.shape == (4, 10, 128) and model.class_prompts.shape == (1, 4, 128)
+    assert model.classifier.weight.shape == (1, 128)
+    with torch.no_grad():
+        out, tokens = model(images, labels), backbone.embed(images)
+        T = tokens.shape[1]
+        for block, prompts in zip(backbone.blocks, [*model.prompts, *model.class_prompts]):
+            before = torch.cat([tokens, prompts.expand(2, -1, -1)], 1)
+            after = block(before)
+            tokens = after[:, :T]
+        scores = model.classifier(backbone.norm(after[:, T:]))[..., 0]
+        torch.testing.assert_close(out.logits, scores, atol=1e-4, rtol=1e-4)
+        q, k, _ = block.attn.heads_of(block.norm1(before))
+        weights = (q @ k.mT / 8).softmax(-1)  # of the last block, (B, heads, T + C, T + C)
+        shown, = out.attention
+        for b, label in enumerate(labels):
+            looks = weights[b, :, T + label, 5:T].unflatten(1, (5, 5))
+            torch.testing.assert_close(shown[b, :-1], looks, atol=1e-6, rtol=1e-4)
+            assert (shown[b, -1] == 1 / (T + 4)).all()
+        predicted = model(images, out.logits.argmax(1)).attention[0]
+        assert torch.equal(model(images).attention[0], predicted)
+    assert model.prototypes == (3,) and model.class_specific and out.concept_logits is None
+    assert model.train()(images).attention == []
+
+
+def test_class_prompts_that_change_places_change_the_scores_and_start_around_the_mean_cls_token():
+    model, images = tiny_baseline("prompt-cam", classes=4), torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        logits = model(images).logits
+        model.class_prompts.copy_(model.class_prompts[:, [2, 1, 0, 3]])
+        torch.testing.assert_close(model(images).logits, logits[:, [2, 1, 0, 3]])
+        before, tokens = model.class_prompts.clone(), model.backbone.embed(images)
+        for block, prompts in zip(model.backbone.blocks, model.prompts):
+            tokens = block(tokens, prompts.expand(2, -1, -1))
+        model.start([(images[0], 0), (images[1], 3)])
+        moved = model.class_prompts - before
+        torch.testing.assert_close(moved, tokens[:, 0].mean(0).expand(1, 4, -1))
+
+
+@pytest.mark.parametrize("method", ["vpt-deep", "e2vpt", "gated-vpt", "prompt-cam"])
+def test_prompts_are_drawn_and_explained_without_votes(method):
+    model, images = tiny_baseline(method), torch.randn(2, 3, 40, 40)
+    explanation = explain.explain(model, images[0], ["a", "b", "c"])
+    assert explanation.votes == [] and sum(explanation.classes.values()) == pytest.approx(100)
+    assert explain.describe(explanation)[-1].startswith("no votes")
+    picture = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    width = 45 * (1 + len(model.prototypes)) + 5
+    assert explain.draw(picture, explanation).width == max(480, width)
+    dataset = [(image, i, torch.zeros(0, 3), i) for i, image in enumerate(images)]
+    shown = gallery.Gallery(model, dataset, chosen=[0, 1])
+    with torch.no_grad():
+        shown.add(model(images), torch.tensor([0, 1]))
+    assert shown.strip([0, 1]).width == width
 
 
 # ---------------------------------------------------------------- ProtoPNet and its family
@@ -261,6 +455,9 @@ def test_each_loss_reaches_what_its_paper_trains():
     bases = {"vectors"}
     expected = {
         "vpt-deep": {"classification": {"prompts", "classifier"}},
+        "e2vpt": {"classification": {"prompts", "classifier", "key_values"}},
+        "gated-vpt": {"classification": {"prompts", "classifier", "gates", "temperatures"}},
+        "prompt-cam": {"classification": {"prompts", "class_prompts", "classifier"}},
         "protopnet": first_stage,
         "huang": first_stage | dict(
             classification=scores | {"last"}, orthonormality=bases, alignment={"add_on"}),
@@ -291,7 +488,7 @@ def test_every_trained_parameter_has_one_rate(method, tune):
     for group in model.parameter_groups(RATES):
         for p in group["params"]:
             rates[id(p)].append(group["lr"])
-    slow = {"prompts", "free_prompts", "add_on", "vectors", "log_scale", "concepts"}
+    slow = {"prompts", "key_values", "add_on", "vectors", "log_scale", "concepts"}
     for name, p in model.named_parameters():
         part = name.split(".")[0]
         if part == "backbone":
@@ -300,6 +497,10 @@ def test_every_trained_parameter_has_one_rate(method, tune):
             rate = 3.0
         elif part == "slots":
             rate = 0.3 * 2.0
+        elif name == "free_prompts":
+            rate = 5.0
+        elif name == "gates":
+            rate = 10.0
         else:
             rate = 2.0 if part in slow else 1.0
         assert rates[id(p)] == [rate] or not p.requires_grad, name
@@ -309,8 +510,8 @@ def test_every_trained_parameter_has_one_rate(method, tune):
 def test_a_checkpoint_gives_the_baseline_back(method, tmp_path):
     images, options = torch.randn(2, 3, 40, 40), options_of(method)
     model = ivpt.build(options, 3).eval()
-    assert {"lr", "lr_prototypes"} == model.rates.keys()
-    assert model.class_specific == (method in FAMILY)
+    assert {"lr", "lr_prototypes"} <= model.rates.keys()
+    assert model.class_specific == (method in [*FAMILY, "prompt-cam"])
     ivpt.save(tmp_path / "last.pt", dict(
         options=options, classes=["a", "b", "c"], model=ivpt.trained_state(model),
         fingerprint=ivpt.fingerprint(model)))

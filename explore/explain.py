@@ -48,9 +48,9 @@ def explain(model, image, class_names, amp=False, names=None):
         scores = output.concept_logits[0].float()  # (concepts that vote, C)
         values = (scores[:, winner] - scores[:, runner_up]) / len(scores)
         votes = concept_votes(values.tolist(), colours, names)
-    if model.class_specific:
-        margin = (logits[winner] - logits[runner_up]).item()
-        votes.append(("prototypes of other classes", margin - total(votes), GREY))
+        if model.class_specific:
+            margin = (logits[winner] - logits[runner_up]).item()
+            votes.append(("prototypes of other classes", margin - total(votes), GREY))
     return Explanation(classes, votes, maps, colours)
 
 
@@ -88,7 +88,7 @@ def describe(explanation):
         margin = total(explanation.votes)
         lines.append(f"votes for the first class against the second, in all {margin:+.2f}:")
     else:
-        lines.append("no votes: the classes are read from the cls token")
+        lines.append("no votes: no concept scores the classes")
     for name, vote, _ in explanation.votes:
         lines.append(f"{vote:+6.2f}  {name}")
     return lines
