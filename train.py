@@ -390,7 +390,7 @@ def resume_run(path, args, dataset, model, optimizer, scheduler):
     checkpoint = ivpt.read_checkpoint(path)
     check_same(path, "classes", checkpoint["classes"], dataset.classes)
     check_same(path, "images", checkpoint["images"], len(dataset))
-    if hasattr(model, "set_epoch"):  # stages are counted from the last epoch
+    if hasattr(model, "after_epoch"):  # stages are counted from the last epoch
         check_same(path, "epochs", checkpoint["options"]["epochs"], args.epochs)
     ivpt.restore(model, checkpoint, path)
     optimizer.load_state_dict(checkpoint["optimizer"])

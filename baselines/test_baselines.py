@@ -3,6 +3,7 @@
     python -m pytest baselines
 """
 import json
+import subprocess
 import math
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import evaluate
 import model as ivpt
 import train
@@ -520,19 +522,79 @@ def test_a_checkpoint_gives_the_baseline_back(method, tmp_path):
     assert torch.equal(loaded(images).logits, model(images).logits)
 
 
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy") / "birds"
+    toy_birds.draw(folder, num_train=2, num_test=1)
+    return folder
+
+
+SMALL = ["--weights", "toy", "--pretrain", "0", "--image-size", "40", "--epochs", "2",
+         "--workers", "0", "--device", "cpu"]
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_from_the_command_line_resumes_and_evaluates(method, tmp_path):
-    toy_birds.draw(tmp_path / "birds", num_train=2, num_test=1)
-    options = ["--data", str(tmp_path / "birds"), "--weights", "toy", "--method", method,
-               "--image-size", "40", "--batch-size", "10", "--workers", "0", "--device", "cpu",
-               "--out", str(tmp_path / "run")]
-    train.train(train.parse([*options, "--epochs", "1"]))
-    if not hasattr(METHODS[method], "set_epoch"):  # stages are counted from the last epoch
-        train.train(train.parse([*options, "--epochs", "2", "--resume"]))
-    else:
-        train.train(train.parse([*options, "--epochs", "2", "--overwrite"]))
-    evaluate.main(["--ckpt", str(tmp_path / "run" / "last.pt")])
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["protocol"]["recipe"]["method"] == method and metrics["layers"]
-    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+def test_every_method_resumes_is_evaluated_drawn_and_explained(
+        method, birds, tmp_path, monkeypatch, capsys):
+    """A run that is cut in its second epoch ends, bit for bit, where the uncut run ends."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    options = ["--data", str(birds), "--method", method, *SMALL, "--batch-size", "10"]
+    train.train(train.parse([*options, "--out", str(whole)]))
+    with monkeypatch.context() as patch:
+        real = train.epoch_batches
+        patch.setattr(train, "epoch_batches",
+                      lambda *args: real(*args) if args[2] == 0 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.train(train.parse([*options, "--out", str(run)]))
+    metrics = train.train(train.parse(["--resume", "--out", str(run)]))
+    first, second = (torch.load(folder / "last.pt", weights_only=True) for folder in (whole, run))
+    for name, value in first["model"].items():
+        assert torch.equal(second["model"][name], value), name
+    lines = (run / "log.jsonl").read_text().splitlines()
     assert len(lines) == 2 and all(json.loads(line)["loss"] is not None for line in lines)
+
+    ckpt = ["--ckpt", str(run / "last.pt")]
+    evaluate.main([*ckpt, "--visualize", str(tmp_path / "pictures")])
+    found = json.loads((run / "metrics.json").read_text())
+    assert found["layers"] == metrics["layers"]
+    assert found["protocol"]["recipe"]["method"] == method
+    assert (tmp_path / "pictures" / "index.html").is_file()
+    capsys.readouterr()
+    evaluate.main([*ckpt, "--image", str(next(birds.rglob("*.jpg")))])
+    assert "votes" in capsys.readouterr().out and len(list((run / "explained").iterdir())) == 1
+
+
+RUNNER = """import sys
+sys.path.insert(0, {root!r})
+import torch
+import train
+from baselines import METHODS
+joined = train.evaluate.start_processes(torch.device("cpu"))
+train.evaluate.start_processes = lambda device: joined  # once for all methods
+torch.nn.functional.gumbel_softmax = lambda logits, **_: logits.softmax(-1)
+train.data.sample_affine = lambda: torch.tensor([[0.0, 1, 0], [-1, 0, 0]])
+train.presence = lambda A: 0 * A.sum()
+train.evaluate.evaluate = lambda *_, **__: dict(layers=[])
+train.evaluate.table = str
+for method in METHODS:
+    train.train(train.parse([*sys.argv[2:], "--method", method, "--out", sys.argv[1] + method]))
+"""
+
+
+def test_a_step_of_two_processes_is_that_of_one(birds, tmp_path):
+    """torchrun over gloo; presence left out, nothing random: then the gradient is the same, which
+    after a single step is Adam's first moment."""
+    runner = tmp_path / "run.py"
+    runner.write_text(RUNNER.format(root=str(ROOT)))
+    options = ["--data", birds, *SMALL, "--batch-size", 20, "--epochs", 1, "--no-amp"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for processes, name in (([], "alone_"), (torchrun, "two_")):
+        words = [sys.executable, *processes, runner, tmp_path / name, *options]
+        subprocess.run([str(word) for word in words], check=True, capture_output=True)
+    for method in METHODS:
+        alone, two = (torch.load(tmp_path / (name + method) / "last.pt", weights_only=True)
+                      for name in ("alone_", "two_"))
+        for i, state in two["optimizer"]["state"].items():
+            expected = alone["optimizer"]["state"][i]["exp_avg"]
+            close = 1e-3 * expected.abs().max().item() + 1e-8  # rounding
+            torch.testing.assert_close(state["exp_avg"], expected, rtol=1e-3, atol=close, msg=method)
