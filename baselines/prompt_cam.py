@@ -3,32 +3,35 @@
     python train.py --method prompt-cam    # Chowdhury et al., CVPR 2025, arXiv 2501.09333
 
 Letters in shapes are those of model.py; J is the number of all tokens that a block attends to.
+Equations count blocks and prompts as in vpt.py.
 """
 import torch
 from torch.utils.data import DataLoader
 
-from baselines.vpt import VPTDeep, attention_weights, new_prompts, prompt_maps, run_block
+from baselines.vpt import (
+    VPTDeep, attention_weights, finish_block, new_prompts, prompt_maps, run_blocks)
 from model import Output, to_float32
 
 
 class PromptCAM(VPTDeep):
     """Prompt-CAM-Deep: VPT-Deep whose last block has a prompt for each class, which scores it.
 
-        [x_l, _] = block_l([x_{l-1}, P_l])     before the last block, l < L
-        [_, Z] = block_L([x_{L-1}, P])         logit of class c = w . norm(z_c) + b
+        [x_l, _] = block_l([x_{l-1}, P_{l-1}])     before the last block, l < L
+        [_, Z] = block_L([x_{L-1}, P])             logit of class c = w . norm(z_c) + b
 
     P has C prompts, one for each class; the vector w and b are shared. So z_c must find in the
-    image what tells c from other classes. The prompts P_l belong to no class.
+    image what tells c from other classes. The prompts P_{l-1} belong to no class.
 
     The maps are the attention of the class's prompt in the last block, one a head. A patch belongs
-    to the head that gives it most, if that is more than an even share. The heads' outputs pass an
-    MLP before they score, so heads have no votes: there are no concept_logits.
+    to the head that gives it most, if that is more than an even share. The MLP mixes what the
+    heads read before it is scored, so heads have no votes: there are no concept_logits.
 
     Theirs trains for 130 epochs by SGD with warm-up and a cosine; we take Adam and our schedule.
     All their prompts start as noise. On cached tokens P then learnt nothing in four epochs: 3 % of
-    the validation images. So P starts as noise around the mean cls token before the last block,
-    with which that block reads an image: 71 %. P learns at the rate of w. Their P_l have C prompts,
-    ours ten: 40 random prompts more than halve the differences between two images' cls tokens.
+    the validation images. So P starts as noise around what reads images there already, the mean
+    cls token before the last block: 71 %. P has the rate of w. Every block of theirs has C prompts,
+    our first L - 1 have ten. For 40 classes, 40 random ones in each more than halve the differences
+    of two images' cls tokens.
     """
 
     rates = dict(lr=1e-2, lr_prototypes=1e-3)
@@ -42,48 +45,49 @@ class PromptCAM(VPTDeep):
 
     @torch.no_grad()
     def start(self, dataset):
-        """Moves P to the mean cls token. dataset: the training images in the test view."""
+        """Adds to P the mean cls token that enters the last block.
+
+        dataset: the training images in the test view.
+        """
         total = torch.zeros_like(self.class_prompts[0, 0])  # (D)
         for images, *_ in DataLoader(dataset, 16):
-            tokens = self.before_last(images.to(total.device))
+            tokens = run_blocks(images.to(total.device), self.backbone, self.prompts)
             total += tokens[:, 0].sum(0)
         self.class_prompts += total / len(dataset)
 
-    def before_last(self, images):
-        """images (B, 3, H, W) -> tokens (B, T, D) before the last block."""
-        tokens = self.backbone.embed(images)
-        for block, prompts in zip(self.backbone.blocks, self.prompts):
-            tokens = block(tokens, prompts.expand(len(images), -1, -1))
-        return tokens
-
     @property
     def prototypes(self):
+        """The number of channels of the map that is shown: the heads and the background."""
         return (self.backbone.blocks[-1].attn.heads + 1,)
 
     def forward(self, images, labels=None):
-        """images (B, 3, H, W), labels (B) of the prompts to show (None: predictions') -> Output.
+        """images (B, 3, H, W), labels (B) of the prompts to show (None: predictions) -> Output.
 
-        Its features are the prompts' outputs (B, C, D). It has no concept_logits, groups or fused
-        maps. Its attention (B, heads + 1, h, w) does not sum to 1, and is empty while training.
+        Its features are Z, normalised (B, C, D). It has no concept_logits, groups or fused maps.
+        Its map (B, heads + 1, h, w) does not sum to 1; while training there is none.
         """
+        tokens = run_blocks(images, self.backbone, self.prompts)
         last = self.backbone.blocks[-1]
-        tokens = self.before_last(images)
         B, T, _ = tokens.shape
         prompts = self.class_prompts.expand(B, -1, -1)  # (B, C, D)
         x = torch.cat([tokens, prompts], dim=1)
         q, k, v = last.attn.heads_of(last.norm1(x))
-        q = q[:, :, T:]  # (B, heads, C, 64): what becomes of the other tokens is not read
-        z = self.backbone.norm(run_block(last, prompts, q, k, v))
+        q = q[:, :, T:]  # (B, heads, C, 64): nobody reads the other tokens after this block
+        z = self.backbone.norm(finish_block(last, prompts, q, k, v))
         logits = to_float32(self.classifier(z))[..., 0]  # (B, C)
         attention = []
         if not self.training:
             if labels is None:
                 labels = logits.argmax(1)
-            each = torch.arange(B, device=q.device)
-            shown = q[each, :, labels]  # (B, heads, 64)
-            weights = attention_weights(shown[:, :, None], k)  # (B, heads, 1, J)
-            attention.append(prompt_maps(weights[:, :, 0], self.backbone))
+            attention.append(self.class_maps(q, k, labels))
         return Output(logits, None, attention, [], [], z)
+
+    def class_maps(self, q, k, labels):
+        """Where the prompts of the labels (B) look with each head, (B, heads + 1, h, w)."""
+        images = torch.arange(len(labels), device=q.device)
+        q = q[images, :, labels]  # (B, heads, 64): of every image one prompt
+        weights = attention_weights(q[:, :, None], k)  # (B, heads, 1, J)
+        return prompt_maps(weights[:, :, 0], self.backbone)
 
     def parameter_groups(self, args):
         class_prompts = dict(params=[self.class_prompts], lr=args.lr)

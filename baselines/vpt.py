@@ -5,8 +5,9 @@
     python train.py --method e2vpt             # more keys and values, fewer prompts: 2307.13770
     python train.py --method gated-vpt         # the same prompts in all blocks, gated: 2306.05067
 
-Letters in shapes are those of model.py; here G is the number of prompts of a block, J that of all
-tokens that a block attends to.
+Letters in shapes are those of model.py. Here G is the number of prompts of a block, J that of all
+tokens that a block attends to. Equations count blocks and prompts as the papers do: block l from 1
+to L gets P_{l-1}, which is prompts[l - 1].
 """
 import math
 
@@ -28,8 +29,20 @@ def new_prompts(num_blocks, num_prompts, backbone):
     return nn.Parameter(prompts.uniform_(-bound, bound))
 
 
-def run_block(block, x, q, k, v):
-    """What a block makes of x (B, T, D), by the queries of x and keys and values of J tokens."""
+def run_blocks(images, backbone, prompts):
+    """images (B, 3, H, W), prompts (n, G, D) -> tokens (B, T, D) after the first n blocks.
+
+    Every block attends to prompts of its own, which end there.
+    """
+    B = len(images)
+    tokens = backbone.embed(images)
+    for block, own_prompts in zip(backbone.blocks, prompts):
+        tokens = block(tokens, own_prompts.expand(B, -1, -1))
+    return tokens
+
+
+def finish_block(block, x, q, k, v):
+    """The rest of a block, for tokens x (B, T, D) with queries q; k and v are those of J tokens."""
     x = x + block.ls1(block.attn.attend(q, k, v))
     return x + block.ls2(block.mlp(block.norm2(x)))
 
@@ -42,9 +55,9 @@ def attention_weights(q, k):
 
 
 def prompt_maps(weights, backbone):
-    """Attention (B, K, J) to all tokens, the ViT's own first -> its maps (B, K + 1, h, w).
+    """Attention of prompts or heads to all tokens (B, G, J) -> to the patches (B, G + 1, h, w).
 
-    The last map, the background, is an even share of the attention, 1 / J.
+    The last map stands for the background: it is everywhere an even share of attention, 1 / J.
     """
     J = weights.shape[2]
     first = backbone.prefix
@@ -57,16 +70,18 @@ def prompt_maps(weights, backbone):
 # ---------------------------------------------------------------- VPT-Deep
 
 class VPTDeep(nn.Module):
-    """VPT-Deep: every block l has prompts P_l of its own; a linear head reads the cls token.
+    """VPT-Deep: every block has prompts of its own; a linear head reads the cls token.
 
-        [x_l, _] = block_l([x_{l-1}, P_l])         logits = head(norm(cls of x_L))
+        [x_l, _] = block_l([x_{l-1}, P_{l-1}])         logits = head(norm(cls of x_L))
 
     These are the paper's equations 7 and 8. Nothing ties a prompt to a region. We show where a
-    prompt looks: its attention to the patches, mean over the heads, in the last five blocks. A
-    patch belongs to the prompt that gives it most attention, if that is more than an even share.
+    prompt looks: its attention to the patches, mean over the heads. A patch belongs to the prompt
+    that gives it most attention, if that is more than an even share. Like IVPT we show five layers:
+    the last five blocks.
 
     The paper searches rate and weight decay with SGD; we train with Adam, as IVPT. The head's rate
-    is a tenth of IVPT's, as the cls token is long.
+    is a tenth of IVPT's. The last norm of the ViT in docs/results.md has weights near 4: its cls
+    token is about four times as long as IVPT's features.
     """
 
     rates = dict(lr=1e-3, lr_prototypes=1e-3)
@@ -87,12 +102,12 @@ class VPTDeep(nn.Module):
 
     @property
     def prototypes(self):
-        """Of each block that is shown: the number of prompts, and one for the background."""
+        """The number of channels of each map that is shown: the prompts and the background."""
         num_prompts = self.prompts.shape[1]
         return (num_prompts + 1,) * self.num_shown
 
     def heads_of(self, l, x):
-        """Queries, keys, values of block l for x (B, T + G, D), the tokens before the prompts."""
+        """Queries, keys and values of block l for x (B, T + G, D): tokens, then prompts."""
         block = self.backbone.blocks[l]
         return block.attn.heads_of(block.norm1(x))
 
@@ -100,10 +115,10 @@ class VPTDeep(nn.Module):
         return self.read(images, self.prompts)
 
     def read(self, images, prompts):
-        """images (B, 3, H, W), prompts of each block (G, D) or (B, G, D) -> Output.
+        """images (B, 3, H, W), for each block prompts (G, D) or (B, G, D) -> Output.
 
         Its features are the cls token (B, 1, D). It has no concept_logits, groups or fused maps.
-        Its attention (B, G + 1, h, w) does not sum to 1, and is empty while training.
+        Its maps (B, G + 1, h, w) do not sum to 1; while training there are none.
         """
         blocks = self.backbone.blocks
         first_shown = len(blocks) - self.num_shown
@@ -117,16 +132,17 @@ class VPTDeep(nn.Module):
             if not self.training and l >= first_shown:
                 weights = attention_weights(q[:, :, T:], k).mean(1)  # (B, G, J)
                 attention.append(prompt_maps(weights, self.backbone))
-            tokens = run_block(block, tokens, q[:, :, :T], k, v)  # prompts end here
+            tokens = finish_block(block, tokens, q[:, :, :T], k, v)  # without prompts
         return self.output(tokens, attention)
 
     def output(self, tokens, attention):
+        """Tokens (B, T, D) after the last block, maps -> Output."""
         cls = self.backbone.norm(tokens[:, :1])  # (B, 1, D)
         logits = to_float32(self.classifier(cls[:, 0]))
         return Output(logits, None, attention, [], [], cls)
 
     def losses(self, images, labels):
-        """Cross entropy alone: nothing shapes a map."""
+        """Cross entropy alone: no loss shapes a map."""
         logits = self(images).logits
         return {"classification": F.cross_entropy(logits, labels)}, logits
 
@@ -142,16 +158,16 @@ class VPTDeep(nn.Module):
 # ---------------------------------------------------------------- VPT-Deep with prototypes
 
 class VPTDeepPrototypes(IVPT):
-    """VPT-Deep with prototypes, the strongest baseline of IVPT's paper.
+    """VPT-Deep with prototypes: VPT-Deep's prompts, and IVPT's last concept layer on the patches.
 
-    Every block has free prompts, and IVPT's last concept layer reads what comes out. No concept
-    makes a prompt. Prompts learn from classification and orthogonality alone, since maps see the
-    patches through a stop-gradient. They learn at --lr-fusion, as what makes prompts in IVPT.
+    It is the strongest baseline of IVPT's paper. Here prompts are free: no concept makes them.
+    They learn from classification and orthogonality alone, since maps see the patches through a
+    stop-gradient. Their rate is --lr-fusion, that of IVPT's fusion heads, which make its prompts.
 
-    What differs from IVPT's last layer was found on cached patches of the unprompted ViT. Map
-    losses weigh a fifth, as there they are averaged over five layers. Total variation is left out:
-    the background took 95 % of the patches. Without entropy, validation accuracy rose from 69.5 to
-    76.6 (three seeds). With prototypes from N(0, 0.05^2) it was 68.4. Nothing is fused.
+    Map losses weigh a fifth: IVPT takes their mean over five layers. Two of its losses are left out
+    and prototypes start nearer to 0. This was found on cached patches of the ViT without prompts.
+    With total variation the background took 95 % of the patches. Without entropy, validation
+    accuracy rose from 69.5 to 76.6 (three seeds). With IVPT's start, N(0, 0.05^2), it was 68.4.
     """
 
     rates = dict(lr=1e-2, lr_prototypes=2e-4, lr_fusion=1e-3)
@@ -159,22 +175,21 @@ class VPTDeepPrototypes(IVPT):
                         equivariance=0.2, orthogonality=1.0)
 
     def __init__(self, backbone, num_classes, num_prompts=10, **arguments):
-        super().__init__(backbone, num_classes, **dict(arguments, cross_layer=False))
+        arguments["cross_layer"] = False  # the last concept layer alone: nothing is fused
+        super().__init__(backbone, num_classes, **arguments)
         self.free_prompts = new_prompts(len(backbone.blocks), num_prompts, backbone)
         nn.init.normal_(self.concepts[0].prototypes, std=0.01)
 
     def unprompted(self, images):
-        """images -> tokens (B, T, D) after the last block; prompts are dropped after each block."""
-        tokens = self.backbone.embed(images)
-        for block, prompts in zip(self.backbone.blocks, self.free_prompts):
-            tokens = block(tokens, prompts.expand(len(images), -1, -1))
-        return tokens
+        """images -> tokens (B, T, D) before the concept layer; no concept, but free prompts."""
+        return run_blocks(images, self.backbone, self.free_prompts)
 
     def parameter_groups(self, args):
         concept = self.concepts[0]
+        head = [*self.classifier.parameters(), *self.norm.parameters()]
         backbone_rate = args.lr_backbone if self.tune == "all" else args.lr_prototypes
         return [
-            dict(params=[*self.classifier.parameters(), *self.norm.parameters()], lr=args.lr),
+            dict(params=head, lr=args.lr),
             dict(params=[self.free_prompts], lr=args.lr_fusion),
             dict(params=[concept.prototypes], lr=args.lr_prototypes),
             dict(params=[concept.bias], lr=args.lr_bias),
@@ -185,20 +200,20 @@ class VPTDeepPrototypes(IVPT):
 # ---------------------------------------------------------------- E2VPT
 
 class E2VPT(VPTDeep):
-    """E2VPT (Han et al. 2023): VPT-Deep with prompts among keys and values, and fewer prompts.
+    """E2VPT (Han et al. 2023): VPT-Deep with more keys and values, and with fewer prompts.
 
         attention of a head = softmax(q [k, R]^T / 8) [v, R]       R: five vectors of that head
 
-    Every block has its R. Keys and values share it, as in the authors' runs for CUB. The prompts
-    are pruned after a first stage. A mask multiplies them: a factor for each token, and one for
-    each of its 16 segments, the same in all blocks. The importance of a factor f, at f = 1, is
-    E |dL/df|, the mean over the training images. The least important tokens go, and the least
-    important segments of each. Prompts and R are rewound to their first values and trained again.
+    Every block has its R, keys and values at once, as in the authors' program. After a first stage,
+    prompts are pruned. A mask multiplies them: a factor for each token, and one for each of its 16
+    segments, the same in all blocks. The importance of a factor f, at f = 1, is E |dL/df| over the
+    training images. The least important token goes, and of all others the four least important
+    segments. Prompts and R are rewound to their first values and trained again.
 
-    The authors search how much goes, 10 to 90 %; here it is one token in five and four segments
-    in sixteen. Their stages have 100 epochs each, our first has four, or half of a short run. Our
-    head and the fall of the rates go on, theirs start anew. Their program differs from their paper:
-    it averages dL/df with its sign, a segment is every 16th channel, a token that goes stays as 0.
+    The authors search how many go, 10 to 90 %. Their stages have 100 epochs each; our first has
+    four, or half of a short run. Our head, Adam's moments and the fall of the rates go on; theirs
+    start anew. Their program differs from their paper: it trains the factors and averages dL/df
+    with its sign, a segment is every 16th channel, a pruned token stays as 0.
     """
 
     rates = dict(lr=1e-3, lr_prototypes=1e-3)
@@ -210,7 +225,7 @@ class E2VPT(VPTDeep):
         num_blocks = len(backbone.blocks)
         heads = backbone.width // 64
         key_values = torch.empty(num_blocks, heads, 5, 64)
-        bound = math.sqrt(6 / (5 * 64))  # Kaiming's
+        bound = math.sqrt(6 / (5 * 64))  # Kaiming's, as theirs
         self.key_values = nn.Parameter(key_values.uniform_(-bound, bound))  # R
         self.register_buffer("mask", torch.ones(num_prompts, self.num_segments))
         self.register_buffer("first_prompts", self.prompts.detach().clone())
@@ -222,6 +237,7 @@ class E2VPT(VPTDeep):
         return (num_kept + 1,) * self.num_shown
 
     def heads_of(self, l, x):
+        """As VPT-Deep's, with R after the keys and after the values."""
         q, k, v = super().heads_of(l, x)
         R = self.key_values[l].to(k.dtype)
         R = R.expand(len(x), -1, -1, -1)  # (B, heads, 5, 64)
@@ -230,11 +246,10 @@ class E2VPT(VPTDeep):
         return q, k, v
 
     def forward(self, images):
-        kept = self.mask.any(1)
-        prompts = self.masked(self.mask)[:, :, kept]
-        return self.read(images, prompts)
+        prompts = self.masked_prompts(self.mask)
+        return self.read(images, prompts[:, :, self.mask.any(1)])
 
-    def masked(self, mask):
+    def masked_prompts(self, mask):
         """The prompts of all blocks times a mask (G, 16) or (B, G, 16): (blocks, 1 or B, G, D)."""
         channels = self.backbone.width // self.num_segments
         return self.prompts[:, None] * mask.repeat_interleave(channels, dim=-1)
@@ -244,17 +259,17 @@ class E2VPT(VPTDeep):
             self.prune(*self.importance(dataset))
 
     def importance(self, dataset):
-        """Of the prompts (G) and their segments (G, 16), summed over the images of the dataset."""
+        """Of the prompts (G) and their segments (G, 16): the sum of |dL/df| over the dataset."""
         device = self.mask.device
         segments = torch.zeros_like(self.mask)
         tokens = torch.zeros_like(self.mask[:, 0])
         for images, labels, *_ in DataLoader(dataset, 16):
-            B = len(images)
-            masks = self.mask.new_ones(B, *self.mask.shape)  # (B, G, 16)
+            masks = torch.ones_like(self.mask).repeat(len(images), 1, 1)  # (B, G, 16), one an image
             masks.requires_grad_()
-            logits = self.read(images.to(device), self.masked(masks)).logits
+            prompts = self.masked_prompts(masks)
+            logits = self.read(images.to(device), prompts).logits
             loss = F.cross_entropy(logits, labels.to(device), reduction="sum")
-            gradient, = torch.autograd.grad(loss, masks)  # of every image by its own mask
+            gradient = torch.autograd.grad(loss, masks)[0]
             segments += gradient.abs().sum(0)
             # A token's factor multiplies all its segments: its derivative is the sum of theirs.
             tokens += gradient.sum(2).abs().sum(0)
@@ -262,7 +277,7 @@ class E2VPT(VPTDeep):
 
     @torch.no_grad()
     def prune(self, tokens, segments):
-        """Sets the mask by the importance of prompts (G) and segments (G, 16), and rewinds."""
+        """Sets the mask by the importance of prompts (G) and of segments (G, 16); rewinds."""
         least_segments = segments.argsort(dim=1)[:, :self.pruned_segments]
         least_tokens = tokens.argsort()[:self.pruned_tokens]
         self.mask.fill_(1)
@@ -281,19 +296,21 @@ class E2VPT(VPTDeep):
 class GatedVPT(VPTDeep):
     """Gated prompt tuning (Yoo et al., ICML 2023): the same prompts go through all blocks.
 
-        [x_l, Z_l] = block_l([x_{l-1}, P_{l-1}]; t_l),   attention = softmax(q k^T / (8 t_l))
-        P_l = g_l Z_l + (1 - g_l) P_{l-1}                g_l = sigmoid(gate_l)
+        [x_l, Z_l] = block_l([x_{l-1}, P_{l-1}])       its attention: softmax(q k^T / (8 t_l)) v
+        P_l = g_l Z_l + (1 - g_l) P_{l-1}              g_l = sigmoid(gate_l)
 
-    P_0 is learnt, and so are a gate and a temperature t_l for every block. Gates start at -5, so
-    that prompts reach all blocks almost as they are; a gate opens where a block should change
-    them. t_l starts at 1, stays in 0.01 to 10, and holds for all tokens of the block, as in the
-    authors' program. After the last block nobody reads prompts, so it has no gate.
+    P_0 is learnt, and so are the gate and the temperature t_l of every block. Gates start at -5,
+    so prompts reach all blocks almost as they are; a gate opens where a block should change them.
+    t_l starts at 1, stays in 0.01 to 10, and holds for all tokens of the block, as in the authors'
+    program. The last block has no gate: nobody reads prompts after it.
 
-    We show where prompts look in the last five blocks that have a gate: what they take in of it is
-    the gate times their attention. The head reads the cls token, as theirs does with MoCo v3.
+    A map is the gate times the attention: what a prompt takes in from a patch. We show the last
+    five blocks that have a gate. The head reads the cls token, as theirs does with MoCo v3; with
+    MAE theirs reads the mean of all other tokens.
 
-    They take 100 prompts for CUB, we take ten, as for VPT-Deep. Gates have ten times the rate of
-    the head: they have far to go.
+    They take 100 prompts for CUB, with dropout, and train by SGD with a cosine. We take ten, no
+    dropout, and Adam, as for VPT-Deep. Gates have ten times the rate of the head: from -5 they
+    have far to go.
     """
 
     rates = dict(lr=1e-3, lr_prototypes=1e-3)
@@ -316,20 +333,18 @@ class GatedVPT(VPTDeep):
         for l, block in enumerate(self.backbone.blocks):
             x = torch.cat([tokens, prompts], dim=1)
             q, k, v = self.heads_of(l, x)
-            x = run_block(block, x, q, k, v)
+            q = q / self.temperatures[l].clamp(0.01, 10)
+            x = finish_block(block, x, q, k, v)  # (B, T + G, D)
             tokens = x[:, :T]
             if l == len(self.gates):  # the last block
                 break
             gate = self.gates[l].sigmoid()
-            prompts = gate * x[:, T:] + (1 - gate) * prompts
+            Z = x[:, T:]
+            prompts = gate * Z + (1 - gate) * prompts
             if not self.training and l >= first_shown:
                 weights = attention_weights(q[:, :, T:], k).mean(1)  # (B, G, J)
                 attention.append(prompt_maps(gate * weights, self.backbone))
         return self.output(tokens, attention)
-
-    def heads_of(self, l, x):
-        q, k, v = super().heads_of(l, x)
-        return q / self.temperatures[l].clamp(0.01, 10), k, v
 
     def parameter_groups(self, args):
         gates = dict(params=[self.gates], lr=10 * args.lr)
