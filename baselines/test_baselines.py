@@ -402,7 +402,7 @@ def test_slots_of_protopool_become_one_hot_and_share_the_pool():
         largest.append(q.amax(2).mean().item())
     assert largest[0] < largest[3] < 1 and largest[4:] == [1] * 4
     assert torch.equal(q.argmax(2), model.slots.argmax(2))  # no noise in the last stage
-    model.last_only = False
+    model.stage = 1
     assert not torch.equal(model.assignment(), model.assignment())
     model.eval()
     assert torch.equal(model.assignment(), q)
@@ -412,9 +412,9 @@ def test_slots_of_protopool_become_one_hot_and_share_the_pool():
     assert model.owned(labels).nonzero()[:, 1].tolist() == [7, 7]
     _, cosines = model.compare(model.patches(images)[0])
     model.q = torch.eye(202)[:30].view(3, 10, 202)  # every slot another one
-    assert model.map_losses(None, None, cosines, labels)["slots"].item() == pytest.approx(0)
+    assert model.prototype_losses(None, None, cosines, labels)["slots"].item() == pytest.approx(0)
     model.q[:, 1] = model.q[:, 0]  # two of ten are the same, in each class
-    assert model.map_losses(None, None, cosines, labels)["slots"].item() == pytest.approx(0.2)
+    assert model.prototype_losses(None, None, cosines, labels)["slots"].item() == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("method", ["protopnet", "tesnet", "protopool"])
@@ -425,10 +425,10 @@ def test_projection_puts_every_prototype_on_a_patch_of_its_class_before_the_last
     before, stages = model.vectors.detach().clone(), []
     for epoch in range(6):
         model.set_epoch(epoch, 6)
-        stages.append(model.last_only)
+        stages.append(model.stage)
         model.after_epoch(epoch, 6, dataset)
         assert torch.equal(model.vectors, before) == (epoch < 2), epoch
-    assert stages == [False] * 3 + [True] * 3
+    assert stages == [1] * 3 + [2] * 3
     owned = model.owned(torch.arange(3))  # (C, P)
     patches = [model.add_on(model.patches(images[c::2])[0]).flatten(0, 1) for c in (0, 1)]
     for j in owned[:2].any(0).nonzero().flatten():
@@ -444,7 +444,7 @@ def test_projection_puts_every_prototype_on_a_patch_of_its_class_before_the_last
     else:
         assert torch.equal(model.vectors[20:], before[20:])
         model.set_epoch(25 - 6, 25)
-        assert not model.last_only  # five epochs for the last layer
+        assert model.stage == 1  # five epochs for the last layer
 
 
 # ---------------------------------------------------------------- all
