@@ -40,7 +40,7 @@ import model as ivpt
 PAPER = dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5, lr_fusion=1e-2, start="noise",
              distance="euclidean", votes="coarse")
 RELEASED = PAPER | dict(bias="inside", fusion="linear", tune="tokens", lr_bias=2e-4)
-# Ours: concepts follow parts, and all of them vote. Fast prompts would learn images by heart.
+# Ours: concepts follow parts, and all of them vote. Faster prompts would blur the regions.
 TUNED = PAPER | dict(start="kmeans", distance="relative", votes="all", lr_fusion=1e-5)
 RECIPES = {"paper": PAPER, "released": RELEASED, "tuned": TUNED}
 

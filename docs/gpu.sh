@@ -1,14 +1,15 @@
 #!/bin/bash
-# What results.md says about a GPU, measured again. From the repository's root:
+# Measurements on a GPU, for results.md. From the repository's root:
 #
 #   bash docs/gpu.sh kernel OUT              the tests on the chip, the kernel's table
 #   bash docs/gpu.sh step OUT                a training step at the paper's size, random weights
 #   bash docs/gpu.sh train OUT DATA WEIGHTS  the recipes, the ablation, the baselines, six at a time
 #   bash docs/gpu.sh paper OUT DATA          the paper's command for two epochs, random weights
 #
-# DATA holds CUB_200_2011 (for "paper" with 200 classes or fewer); WEIGHTS is a ViT's file.
-# OUT gets one text a piece; "train" leaves metrics and log of every run there, in one archive.
-set -u
+# DATA holds CUB_200_2011; WEIGHTS is a ViT's file.
+# OUT gets one text a piece. "train" leaves metrics and log of every run there, in one archive;
+# "paper" leaves its weights, the GPU's load and the run.
+set -uo pipefail
 piece=$1 out=$2
 mkdir -p "$out"
 
