@@ -389,20 +389,26 @@ SHAPES = (
     (8, 1369, 1024, 17),  # ViT-L/14 at 518
     (16, 196, 192, 5))  # ViT-Tiny/16 at 224
 
-def two_reads(x, prototypes, bias, pool=lambda region, x: region.to(x.dtype).mT @ x):
-    """The honest rival: two matmuls in the dtype of x, each of which reads x from memory."""
+def regions(x, prototypes, bias):
+    """a (B, N, K), r (B, N, K), m (B, K), and the divisor of the pooled features (B, K, 1)."""
     logits = F.linear(x, 2 * prototypes, -prototypes.square().sum(1))
-    attention = (logits.float().softmax(-1) + bias.T).clamp(min=0)  # (B, N, K)
+    attention = (logits.float().softmax(-1) + bias.T).clamp(min=0)
     region = torch.where(_won(attention), attention, 0)
     mass = region.sum(1)
     divisor = torch.where(mass > 0, mass, 1).to(x.dtype)
-    return attention.mT, pool(region, x) / divisor[..., None], mass
+    return attention, region, mass, divisor[..., None]
+
+def two_reads(x, prototypes, bias):
+    """The honest rival: two matmuls in the dtype of x, each of which reads x from memory."""
+    attention, region, mass, divisor = regions(x, prototypes, bias)
+    sums = region.to(x.dtype).mT @ x
+    return attention.mT, sums / divisor, mass
 
 def product(x, prototypes, bias):
     """As the equation is often written down: every r_k(n) x_n in memory, a tensor (B, N, K, D)."""
-    def pool(region, x):
-        return (region[..., None] * x[:, :, None]).sum(1).to(x.dtype)
-    return two_reads(x, prototypes, bias, pool)
+    attention, region, mass, divisor = regions(x, prototypes, bias)
+    sums = (region[..., None] * x[:, :, None]).sum(1).to(x.dtype)
+    return attention.mT, sums / divisor, mass
 
 def call(form, inputs, backward):
     """The outputs of form, or the gradients of half the sum of their squares."""
@@ -422,9 +428,9 @@ def seconds(run):
     return triton.testing.do_bench(graph.replay, return_mode="median") / 1e3
 
 def peak_mib(run):
-    """What a run allocates at its peak beside its inputs, in MiB; 0 on a CPU."""
+    """What a run allocates at its peak beside its inputs, in MiB; nan on a CPU."""
     if not ON_GPU:
-        return 0.0
+        return float("nan")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     run()

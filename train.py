@@ -330,6 +330,13 @@ def average_gradients(parameters, world):
             parameter.grad /= world
 
 
+def share_state(model, world):
+    """All processes go on as the first: a GPU's sums may differ by a rounding."""
+    if world > 1:
+        for value in model.state_dict().values():
+            dist.broadcast(value, 0)
+
+
 # ------------------------------------------------------------------------------- a run's beginning
 def open_run_folder(args):
     """The run's folder, made if need be. A folder that holds a run is not overwritten unasked."""
@@ -436,9 +443,7 @@ def train(args):
     elif chief:  # --overwrite
         for name in ("last.pt", "metrics.json", "metrics_val.json"):
             (out / name).unlink(missing_ok=True)
-    if world > 1:  # a GPU's sums may differ by a rounding: all start as process 0
-        for value in model.state_dict().values():
-            dist.broadcast(value, 0)
+    share_state(model, world)
     parameters = [p for p in model.parameters() if p.requires_grad]
     fingerprint = ivpt.fingerprint(model)  # of what stays frozen
     if chief:
@@ -495,6 +500,7 @@ def train(args):
         # The epoch's end: a line in the log, the checkpoint.
         if hasattr(model, "after_epoch"):
             model.after_epoch(epoch, args.epochs, unaugmented)
+            share_state(model, world)
         line = dict(epoch=epoch + 1)
         for name in history[0] if history else ():
             values = torch.stack([losses[name] for losses in history])

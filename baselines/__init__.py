@@ -16,6 +16,9 @@ backbone and grid are attributes, as in IVPT. So is prototypes: of each map that
 number of channels, background last. A subclass of IVPT has no losses of its own. It trains by
 those of train.ivpt_losses, or by what of them its loss_weights name. To add a method, write its
 class and name it in METHODS.
+
+Figures in docstrings: on cached patches or tokens of the birds of docs/results.md, validation
+split, one seed unless said, by scripts that are not in the repository. They led to a choice.
 """
 from baselines.prompt_cam import PromptCAM
 from baselines.protopnet import Huang, ProtoPNet, ProtoPool, TesNet

@@ -546,6 +546,9 @@ def test_every_method_resumes_is_evaluated_drawn_and_explained(
                       lambda *args: real(*args) if args[2] == 0 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train.train(train.parse([*options, "--out", str(run)]))
+    if hasattr(METHODS[method], "after_epoch"):  # its stages depend on the number of epochs
+        with pytest.raises(ValueError, match="trained with epochs 2, now 3"):
+            train.train(train.parse(["--resume", "--out", str(run), "--epochs", "3"]))
     metrics = train.train(train.parse(["--resume", "--out", str(run)]))
     first, second = (torch.load(folder / "last.pt", weights_only=True) for folder in (whole, run))
     for name, value in first["model"].items():

@@ -54,7 +54,12 @@ train() {
     export data weights runs
     xargs -a "$runs/list" -L 1 -P 6 bash -c 'one_run "$@"' one_run
     (cd "$runs" && tar czf - ./*.txt ./*/metrics.json ./*/log.jsonl) > "$out/runs.tgz"
-    tail -n 3 "$runs"/*.txt
+    for run in $(cut -d " " -f 1,2 --output-delimiter _ "$runs/list"); do
+        if [ ! -f "$runs/$run/metrics.json" ]; then
+            echo "$run has no result:"
+            tail -n 3 "$runs/$run.txt"
+        fi
+    done
 }
 
 paper() {
