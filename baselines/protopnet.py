@@ -284,6 +284,8 @@ class TesNet(ProtoPNet):
     at random positive numbers.
     """
 
+    rates = dict(lr=1e-3, lr_prototypes=1e-2)
+
     def __init__(self, backbone, num_classes, tune="none"):
         super().__init__(backbone, num_classes, tune)
         for basis in self.vectors.data.split(self.per_class):
@@ -331,7 +333,7 @@ class Huang(ClassPrototypes):
     Its program aligns from the sixth epoch, ours from the first. Its score is <z, p>, as TesNet's.
     """
 
-    rates = dict(lr=1e-6, lr_prototypes=3e-3)  # as in its program; lr is that of w
+    rates = dict(lr=1e-6, lr_prototypes=1e-2)  # lr is that of w, as in its program
 
     def __init__(self, backbone, num_classes, tune="none"):
         super().__init__(backbone, num_classes, tune)
@@ -372,10 +374,9 @@ class ProtoPool(ProtoPNet):
     The maps are a slot's similarities less their mean over the patches.
 
     In the paper W alone learns in stage 2. Here W cannot mend what projection costs: accuracy was
-    48 to 58 %, with A, and half of the run, 63 to 69 (Clst 0.8, d 128). The program
-    mixes distances by q, then takes logarithms; ours mixes similarities. It takes the cosines of
-    slots from their logits; the paper and we from q. It adds mixup, and gives slots the rate of p.
-    Its d is 128.
+    48 to 58 %; with A, and half of the run, 63 to 69 (Clst 0.8, d 128). The program mixes distances
+    by q; ours mixes similarities. It takes the cosines of slots from their logits; the paper and we
+    from q. It adds mixup, and gives slots the rate of p. Its d is 128.
     """
 
     rates = dict(lr=2e-2, lr_prototypes=3e-3)
@@ -395,8 +396,7 @@ class ProtoPool(ProtoPNet):
 
     def set_epoch(self, epoch, epochs):
         super().set_epoch(epoch, epochs)
-        progress = (epoch + 1) / self.first_stage(epochs)
-        self.sharpness = 1000 * min(1, progress) ** 0.5
+        self.sharpness = 1000 * min(1, (epoch + 1) / self.first_stage(epochs)) ** 0.5
 
     def assignment(self):
         """q (C, m, P): what a slot takes from the pool. Soft and random only while it learns."""
