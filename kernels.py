@@ -439,11 +439,14 @@ def peak_mib(run):
 def benchmark(B, N, D, K, device, dtype):
     """Prints a line for each form. GB/s: as if x was read once and nothing else was moved. With
     gradients x is read twice at least and dx is written: a third of a copy is their limit."""
-    inputs = torch.randn(B, N, D), 0.3 * torch.randn(K, D), torch.zeros(K, N)
-    inputs = [t.to(device, dtype) for t in inputs]
+    x = torch.randn(B, N, D)
+    prototypes = 0.3 * torch.randn(K, D)
+    bias = torch.zeros(K, N)
+    inputs = [t.to(device, dtype) for t in (x, prototypes, bias)]
     x = inputs[0]
     copy_rate = 2 * x.nbytes / seconds(x.clone) / 1e9  # a copy reads and writes
-    print(f"B {B}, N {N}, D {D}, K {K}, {dtype}; a copy of x: {copy_rate:.1f} GB/s")
+    print(f"B {B}, N {N}, D {D}, K {K}, {dtype}; "
+          f"a copy of x: {copy_rate:.1f} GB/s")
     forms = dict(ours=prototype_attention, two_reads=two_reads, product=product)
     if ON_GPU:
         torch.compiler.reset()  # else later shapes are compiled for all sizes, or not at all
@@ -453,8 +456,11 @@ def benchmark(B, N, D, K, device, dtype):
             run = lambda: call(form, inputs, kind == "fwd+bwd")
             time = seconds(run)
             rate = x.nbytes / time / 1e9
-            print(f"  {name:10}{kind:8}{1e6 * time:8.0f} us{rate:8.1f} GB/s"
-                  f"{100 * rate / copy_rate:6.0f} % of a copy{peak_mib(run):8.0f} MiB")
+            share = 100 * rate / copy_rate
+            peak = peak_mib(run)
+            line = f"  {name:10}{kind:8}{1e6 * time:8.0f} us"
+            line += f"{rate:8.1f} GB/s{share:6.0f} % of a copy"
+            print(line + f"{peak:8.0f} MiB")
 
 def main():
     if not ON_GPU:

@@ -236,15 +236,18 @@ def entropy(A):
 
 def equivariance(A, A_back):
     """1 - mean cosine of a concept's map and its map of the transformed image, moved back."""
-    cosines = F.cosine_similarity(A[:, :-1].flatten(2), A_back[:, :-1].flatten(2), dim=2)
-    return 1 - cosines.mean()  # over (B, K-1)
+    concepts = A[:, :-1].flatten(2)  # (B, K-1, h*w)
+    moved_back = A_back[:, :-1].flatten(2)
+    cosines = F.cosine_similarity(concepts, moved_back, dim=2)  # (B, K-1)
+    return 1 - cosines.mean()
 
 
 def orthogonality(features):
     """Mean of (Z Z^T - I)^2, Z the row-normalised features (B, K, D) of the final concepts."""
     Z = F.normalize(ivpt.to_float32(features), dim=2)
+    identity = torch.eye(Z.shape[1], device=Z.device)
     with torch.autocast(Z.device.type, enabled=False):
-        return (Z @ Z.transpose(1, 2) - torch.eye(Z.shape[1], device=Z.device)).square().mean()
+        return (Z @ Z.transpose(1, 2) - identity).square().mean()
 
 
 def mean_over_layers(loss, *maps):

@@ -84,7 +84,7 @@ class VPTDeep(nn.Module):
     token is about four times as long as IVPT's features.
     """
 
-    rates = dict(lr=1e-3, lr_prototypes=1e-3)
+    rates = dict(lr=1e-3, lr_prototypes=5e-3)
     class_specific = False
 
     def __init__(self, backbone, num_classes, num_prompts=10, tune="none"):
@@ -170,7 +170,7 @@ class VPTDeepPrototypes(IVPT):
     accuracy rose from 69.5 to 76.6 (three seeds). With IVPT's start, N(0, 0.05^2), it was 68.4.
     """
 
-    rates = dict(lr=1e-2, lr_prototypes=2e-4, lr_fusion=1e-3)
+    rates = dict(lr=1e-2, lr_prototypes=2e-4, lr_fusion=3e-3)
     loss_weights = dict(classification=1.0, presence=0.2, background_presence=0.2,
                         equivariance=0.2, orthogonality=1.0)
 
@@ -216,7 +216,7 @@ class E2VPT(VPTDeep):
     with its sign, a segment is every 16th channel, a pruned token stays as 0.
     """
 
-    rates = dict(lr=1e-3, lr_prototypes=1e-3)
+    rates = dict(lr=1e-3, lr_prototypes=5e-3)
     num_segments = 16
     pruned_tokens, pruned_segments = 1, 4
 
@@ -313,7 +313,7 @@ class GatedVPT(VPTDeep):
     have far to go.
     """
 
-    rates = dict(lr=1e-3, lr_prototypes=1e-3)
+    rates = dict(lr=1e-3, lr_prototypes=5e-3)
 
     def __init__(self, backbone, num_classes, num_prompts=10, tune="none"):
         super().__init__(backbone, num_classes, num_prompts, tune)

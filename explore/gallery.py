@@ -58,7 +58,9 @@ def concept_names(layer):
     it hits the second nearly as often, or "" where it hits none or none are annotated."""
     names = []
     for parts in layer["parts_hit"] or [[]] * (layer["prototypes"] - 1):
-        names.append(" and ".join(part for part, share in parts[:2] if share > 0.9 * parts[0][1]))
+        most = parts[0][1] if parts else 0
+        named = [part for part, share in parts[:2] if share > 0.9 * most]
+        names.append(" and ".join(named))
     return names
 
 

@@ -338,7 +338,7 @@ def test_pascal_part_becomes_a_cub_folder(tmp_path, monkeypatch, capsys):
     assert not images.files[0].samefile(source / "VOCdevkit/VOC2010/JPEGImages/a1.jpg")
 
 
-@pytest.mark.skipif(not (SHARED / "pascal_part").is_dir(), reason="no PASCAL-Part in ../shared")
+@pytest.mark.skipif(not (SHARED / "pascal_part").is_dir(), reason="no PASCAL-Part at hand")
 def test_pascal_part_on_real_files(tmp_path, monkeypatch, capsys):
     scipy_io = pytest.importorskip("scipy.io")
     source = tmp_path / "release"
@@ -495,7 +495,7 @@ def test_gleason_becomes_a_cub_folder(tmp_path, monkeypatch, capsys):
         assert image.size == (256, 256) and abs(image.getpixel((9, 9))[0] - 40 * core) < 5
 
 
-@pytest.mark.skipif(not (SHARED / "gleason_fields").is_dir(), reason="no prostate in ../shared")
+@pytest.mark.skipif(not (SHARED / "gleason_fields").is_dir(), reason="no prostate at hand")
 def test_gleason_on_real_fields(tmp_path, monkeypatch, capsys):
     """Three fields of another source, whose values are not grades: only the counting is tested."""
     source = tmp_path / "release"
