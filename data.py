@@ -365,7 +365,8 @@ def sample_affine(generator=None):
 def unwarp(maps, theta):
     """T^-1 on maps (B, K, h, w): what lies at T(p) comes back to p. Bilinear, zeros outside."""
     B, K, h, w = maps.shape
-    grid = F.affine_grid(theta.to(maps).expand(B, 2, 3), maps.shape, align_corners=False)
+    theta = theta.to(maps, non_blocking=True)  # else the host waits for the GPU here
+    grid = F.affine_grid(theta.expand(B, 2, 3), maps.shape, align_corners=False)
     return F.grid_sample(maps, grid, align_corners=False)
 
 

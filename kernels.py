@@ -26,6 +26,7 @@ from __future__ import annotations  # tl.constexpr below exists only with Triton
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 try:
@@ -89,31 +90,20 @@ def prototype_attention_reference(x, prototypes, bias, bias_after_softmax=True, 
 def _load(ptr, rows, columns, num_rows, num_columns):
     """A tile of a contiguous matrix (num_rows, num_columns), zero outside."""
     inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
-    offsets = rows[:, None].to(tl.int64) * num_columns + columns[None, :]
+    offsets = rows[:, None] * num_columns + columns[None, :]
     return tl.load(ptr + offsets, inside, other=0.0)
 
 @jit
 def _store(ptr, tile, rows, columns, num_rows, num_columns):
     inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
-    offsets = rows[:, None].to(tl.int64) * num_columns + columns[None, :]
+    offsets = rows[:, None] * num_columns + columns[None, :]
     tl.store(ptr + offsets, tile, inside)
 
 @jit
-def _products(q_ptr, x_ptr, k, n, K, N, D, BLOCK_D):
-    """q x^T (BLOCK_K, BLOCK_N). ieee: by default tl.dot rounds fp32 to TF32."""
-    products = tl.zeros((k.shape[0], n.shape[0]), tl.float32)
-    for start in tl.range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        q = _load(q_ptr, k, d, K, D)
-        x = _load(x_ptr, n, d, N, D)
-        products = tl.dot(q, tl.trans(x), products, input_precision="ieee")
-    return products
-
-@jit
 def _shares(products, norms_ptr, bias, k, K, AFTER):
-    """s and u before its clamp, (BLOCK_K, BLOCK_N)."""
-    norms = tl.load(norms_ptr + k, k < K, other=float("inf"))  # |q_k|^2
-    logits = 2 * products - norms[:, None]
+    """s and u before its clamp, (BLOCK_K, BLOCK_N), from 2 q x^T and |q_k|^2."""
+    norms = tl.load(norms_ptr + k, k < K, other=float("inf"))
+    logits = products - norms[:, None]
     if not AFTER:
         logits += bias
     exponential = tl.exp(logits - tl.max(logits, 0, keep_dims=True))
@@ -129,7 +119,7 @@ def _winners(attention, k, n, N):
 
 @jit
 def _forward_kernel(
-        x_ptr, q_ptr, norms_ptr, bias_ptr,  # (B, N, D), (K, D) like x, (K,) fp32, (K, N) fp32
+        x_ptr, q_ptr, norms_ptr, bias_ptr,  # (B, N, D), (K, D) like x, |q|^2 (K,) fp32, (K, N)
         attention_ptr, part_ptr, part_mass_ptr,  # out (B, K, N), (B, blocks, K, D), (B, blocks, K)
         N, K, AFTER: tl.constexpr, SMOOTHING: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -140,8 +130,14 @@ def _forward_kernel(
     x_ptr += image * N * D
     attention_ptr += image * K * N
     part = image * tl.num_programs(1) + block
-    products = _products(q_ptr, x_ptr, k, n, K, N, D, BLOCK_D)
-    bias = _load(bias_ptr, k, n, K, N)
+
+    products = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+    for start in tl.range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        q = _load(q_ptr, k, d, K, D)
+        x = _load(x_ptr, n, d, N, D)
+        products += 2 * tl.dot(q, tl.trans(x), input_precision="ieee")  # ieee: not TF32
+    bias = _load(bias_ptr, k, n, K, N).to(tl.float32)
     _, u = _shares(products, norms_ptr, bias, k, K, AFTER)
     attention = tl.maximum(u, 0.0)
     if SMOOTHING > 0:
@@ -159,6 +155,23 @@ def _forward_kernel(
         x = _load(x_ptr, n, d, N, D)
         sums = tl.dot(region, x, input_precision="ieee")
         _store(part_ptr + part * K * D, sums, k, d, K, D)
+
+@jit
+def _pool_kernel(
+        part_ptr, part_mass_ptr,  # (B, blocks, K, D), (B, blocks, K)
+        pooled_ptr, mass_ptr,  # out (B, K, D) like x, (B, K)
+        blocks, K, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A region's sums, and the masses, of all blocks of an image: their sum, and then the mean."""
+    region = tl.program_id(0).to(tl.int64)  # image * K + k
+    block = tl.arange(0, ROWS)
+    row = (region // K * blocks + block) * K + region % K
+    d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (block < blocks)[:, None] & (d < D)[None, :]
+    mass = tl.sum(tl.load(part_mass_ptr + row, block < blocks, other=0.0), 0)
+    sums = tl.sum(tl.load(part_ptr + row[:, None] * D + d[None, :], inside, other=0.0), 0)
+    pooled = sums / tl.where(mass > 0, mass, 1.0)
+    tl.store(pooled_ptr + region * D + d, pooled.to(pooled_ptr.dtype.element_ty), d < D)
+    tl.store(mass_ptr + region, mass)
 
 # --- 3. The backward, derived ---------------------------------------------------------------------
 # Given dA (B, K, N), dP (B, K, D), dm (B, K), the gradients of attention, pooled and mass.
@@ -212,10 +225,10 @@ def backward_reference(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
     return tuple(g if want else g.new_empty(0) for g, want in zip(gradients, needed))
 
 # --- 4. The backward in Triton --------------------------------------------------------------------
-# The forward's shape again: walks for x.q and x.dP, a few maps, then one walk for dq and dx.
+# The forward's shape again: one walk for x.q and x.dP, a few maps, then one walk for dq and dx.
 # What all patches of an image share comes ready: 1 / m_k, and c_k = dm_k - dP_k.p_k / m_k, so that
 # dr_k(n) = x_n.dP_k / m_k + c_k. A pointer that is None leaves its code out: a gradient that nobody
-# wants, or a dP that is zero. In a prompted layer x and pooled are detached, so both occur.
+# wants, or one that is zero. In a prompted layer x and pooled are detached, so both occur.
 @jit
 def _backward_kernel(
         x_ptr, q_ptr, norms_ptr, bias_ptr, attention_ptr,  # as in the forward
@@ -230,22 +243,30 @@ def _backward_kernel(
     x_ptr += image * N * D
     dtype = x_ptr.dtype.element_ty
     part = image * tl.num_programs(1) + block
-
-    row = image * K + k
-    c = tl.load(c_ptr + row, k < K, other=0.0)
-    inverse = tl.load(inverse_ptr + row, k < K, other=0.0)[:, None]
-    dr = tl.broadcast_to(c[:, None], (BLOCK_K, BLOCK_N))
     if dp_ptr is not None:
         dp_ptr += image * K * D
-        dr += _products(dp_ptr, x_ptr, k, n, K, N, D, BLOCK_D) * inverse
+
+    products = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+    dp_x = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+    for start in tl.range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        x = tl.trans(_load(x_ptr, n, d, N, D))
+        q = _load(q_ptr, k, d, K, D)
+        products += 2 * tl.dot(q, x, input_precision="ieee")
+        if dp_ptr is not None:
+            dp = _load(dp_ptr, k, d, K, D)
+            dp_x = tl.dot(dp, x, dp_x, input_precision="ieee")
+
+    inverse = tl.load(inverse_ptr + image * K + k, k < K, other=0.0)[:, None]
+    c = tl.load(c_ptr + image * K + k, k < K, other=0.0)[:, None]
     a = _load(attention_ptr + image * K * N, k, n, K, N)
     won = _winners(a, k, n, N)
     weight = tl.where(won, a * inverse, 0.0).to(dtype)  # a_w / m_w, at most 1: safe in fp16
-    h = _load(da_ptr + image * K * N, k, n, K, N)
-    h += tl.where(won, dr, 0.0)
+    h = tl.where(won, dp_x * inverse + c, 0.0)  # dr
+    if da_ptr is not None:
+        h += _load(da_ptr + image * K * N, k, n, K, N)
 
-    products = _products(q_ptr, x_ptr, k, n, K, N, D, BLOCK_D)
-    bias = _load(bias_ptr, k, n, K, N)
+    bias = _load(bias_ptr, k, n, K, N).to(tl.float32)
     s, u = _shares(products, norms_ptr, bias, k, K, AFTER)
     if SMOOTHING > 0:
         Z = tl.sum(tl.maximum(u, 0.0), 0, keep_dims=True) + K * SMOOTHING
@@ -276,15 +297,16 @@ def _backward_kernel(
 
 # --- 5. The launch --------------------------------------------------------------------------------
 # Nothing is autotuned: another BLOCK_N is another order of addition, so a timing could change bits.
-LARGE = dict(BLOCK_N=128, BLOCK_D=64, num_warps=8)  # the fewest sums to write
-SMALL = dict(BLOCK_N=64, BLOCK_D=32, num_warps=8)  # fewer registers: backward, fp32, K > 32
+FORWARD = dict(BLOCK_N=128, BLOCK_D=128, num_warps=8)
+BACKWARD = dict(BLOCK_N=128, BLOCK_D=64, num_warps=8)
+SMALL = dict(BLOCK_N=64, BLOCK_D=32, num_warps=8)  # for fp32, many prototypes, few patches
 
 def _prepare(x, prototypes, bias, sizes):
     """The grid, the contiguous inputs and the constants of a launch."""
     (B, N, D), K = x.shape, len(prototypes)
     q = prototypes.to(x.dtype).contiguous()
     norms = q.float().square().sum(1)
-    inputs = x.contiguous(), q, norms, bias.float().contiguous()
+    inputs = x.contiguous(), q, norms, bias.contiguous()
     BLOCK_K = max(16, triton.next_power_of_2(K))  # a dot takes 16 rows or more
     if x.dtype == torch.float32 or BLOCK_K > 32 or B * N < 2 ** 15:
         sizes = SMALL  # also for few patches: every multiprocessor should have a program
@@ -294,23 +316,27 @@ def _prepare(x, prototypes, bias, sizes):
 def launch_forward(x, prototypes, bias, after, smoothing):
     """The reference's results, by the kernel. Inputs may have any strides."""
     (B, N, D), K = x.shape, len(prototypes)
-    grid, inputs, constants = _prepare(x, prototypes, bias, LARGE)
+    grid, inputs, constants = _prepare(x, prototypes, bias, FORWARD)
     attention = x.new_empty((B, K, N), dtype=torch.float32)
     part = x.new_empty((*grid, K, D), dtype=torch.float32)
     part_mass = x.new_empty((*grid, K), dtype=torch.float32)
     wrap_triton(_forward_kernel)[grid](
         *inputs, attention, part, part_mass, N, K, AFTER=after, SMOOTHING=smoothing, **constants)
-    mass = part_mass.sum(1)
-    pooled = part.sum(1) / torch.where(mass > 0, mass, 1)[..., None]
-    return attention, pooled.to(x.dtype), mass
+    pooled = x.new_empty((B, K, D))
+    mass = x.new_empty((B, K), dtype=torch.float32)
+    blocks = grid[1]
+    wrap_triton(_pool_kernel)[B * K, triton.cdiv(D, 256)](
+        part, part_mass, pooled, mass, blocks, K, D,
+        ROWS=triton.next_power_of_2(blocks), COLUMNS=256)
+    return attention, pooled, mass
 
 def launch_backward(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
                     after, smoothing, detach_maps, needed):
     """The results of backward_reference, by the kernel."""
     want_x, want_q, want_b = needed
     (B, N, D), K = x.shape, len(prototypes)
-    grid, inputs, constants = _prepare(x, prototypes, bias, SMALL)
-    dA = torch.zeros_like(attention) if dA is None else dA.contiguous()
+    grid, inputs, constants = _prepare(x, prototypes, bias, BACKWARD)
+    dA = None if dA is None else dA.contiguous()
     c = torch.zeros_like(mass) if dm is None else dm.contiguous()
     inverse = torch.where(mass > 0, 1 / mass, 0)
     if dP is not None:
@@ -333,21 +359,23 @@ def _fused(x):
     kinds = (torch.float32, torch.bfloat16, torch.float16)
     return triton is not None and x.is_cuda and x.numel() > 0 and x.dtype in kinds
 
-@triton_op("ivpt::prototype_attention", mutates_args=(), schema=(
-    "(Tensor x, Tensor prototypes, Tensor bias, bool after, float smoothing, bool detach_maps)"
-    " -> (Tensor attention, Tensor pooled, Tensor mass)"))
-def _op(x, prototypes, bias, after, smoothing, detach_maps):  # detach_maps is for the backward
+@triton_op("ivpt::prototype_attention", mutates_args=())  # the annotations are the op's schema
+def _op(x: Tensor, prototypes: Tensor, bias: Tensor, after: bool, smoothing: float,
+        detach_maps: bool) -> tuple[Tensor, Tensor, Tensor]:  # detach_maps is for the backward
     if _fused(x):
         return launch_forward(x, prototypes, bias, after, smoothing)
     return prototype_attention_reference(x, prototypes, bias, after, smoothing=smoothing)
 
-@triton_op("ivpt::prototype_attention_backward", mutates_args=(), schema=(
-    "(Tensor? dA, Tensor? dP, Tensor? dm, Tensor x, Tensor prototypes, Tensor bias,"
-    " Tensor attention, Tensor pooled, Tensor mass, bool after, float smoothing, bool detach_maps,"
-    " bool[] needed) -> (Tensor dx, Tensor dq, Tensor db)"))
-def _backward_op(dA, dP, dm, x, *rest):
+@triton_op("ivpt::prototype_attention_backward", mutates_args=())
+def _backward_op(
+        dA: Tensor | None, dP: Tensor | None, dm: Tensor | None,
+        x: Tensor, prototypes: Tensor, bias: Tensor,
+        attention: Tensor, pooled: Tensor, mass: Tensor,
+        after: bool, smoothing: float, detach_maps: bool,
+        needed: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     backward = launch_backward if _fused(x) else backward_reference
-    return backward(dA, dP, dm, x, *rest)
+    return backward(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
+                    after, smoothing, detach_maps, needed)
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # an output that has no gradient gives None

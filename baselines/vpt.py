@@ -170,7 +170,7 @@ class VPTDeepPrototypes(IVPT):
     accuracy rose from 69.5 to 76.6 (three seeds). With IVPT's start, N(0, 0.05^2), it was 68.4.
     """
 
-    rates = dict(lr=1e-2, lr_prototypes=2e-4, lr_fusion=3e-3)
+    rates = dict(lr=1e-2, lr_prototypes=2e-4, lr_fusion=3e-4)
     loss_weights = dict(classification=1.0, presence=0.2, background_presence=0.2,
                         equivariance=0.2, orthogonality=1.0)
 
