@@ -7,10 +7,11 @@ discovery, its spatial bias and intra-region feature aggregation.
     python -m pytest -k kernels       # the specification, errors included; needs no GPU
 
 THE MATHS. x (B, N, D) patches, q (K, D) prototypes, b (K, N) spatial bias, eps the smoothing.
-    l_k(n) = -|x_n - q_k|^2 = 2 x_n.q_k - |q_k|^2      a softmax cannot see |x_n|^2: it is left out
+    l_k(n) = 2 x_n.q_k - |q_k|^2                       -|x_n - q_k|^2 less what a softmax cannot see
     s      = softmax_k(l)                              or softmax_k(l + b), bias inside, as released
-    u      = max(s + b, 0)                             the paper's bias; with the bias inside u = s
-    a      = (u + eps) / sum_k (u + eps)               smoothing; a = u where eps is 0
+    v      = s + b                                     the paper's bias; with the bias inside v = s
+    u      = max(v, 0)
+    a      = (u + eps) / sum_k (u + eps)               smoothing; a = u, whatever its sum, without
     r_k(n) = a_k(n) where k is the first argmax of a(n), else 0      a patch votes for one concept
     m_k    = sum_n r_k(n)                              mass of the region
     p_k    = sum_n r_k(n) x_n / m_k                    pooled feature, zero for an empty region
@@ -42,15 +43,15 @@ except ImportError:  # no Triton for macOS and Windows: the reference serves
 
 # --- 1. The reference: plain PyTorch, the CPU path and the oracle of the tests --------------------
 def _attend(x, q, b, after, smoothing):
-    """The maths up to a: s, u before its clamp, and a, each (B, N, K)."""
+    """The maths up to a: s, v and a, each (B, N, K)."""
     logits = F.linear(x, 2 * q, -q.square().sum(1))
     s = (logits if after else logits + b.T).softmax(-1)
-    u = s + b.T if after else s
-    a = torch.where(u < 0, 0, u)  # clamp would stop the gradient of an exact 0
+    v = s + b.T if after else s
+    a = torch.where(v < 0, 0, v)  # clamp would stop the gradient of an exact 0
     if smoothing > 0:
         a = a + smoothing
         a = a / a.sum(-1, keepdim=True)
-    return s, u, a
+    return s, v, a
 
 def _won(attention):
     """(B, N, K) bool: the first of the largest. Not argmax: torch.compile can return wrong indices
@@ -79,16 +80,16 @@ def prototype_attention_reference(x, prototypes, bias, bias_after_softmax=True, 
 
 # --- 2. The forward in Triton ---------------------------------------------------------------------
 # A program owns BLOCK_N patches of one image and walks their columns twice, BLOCK_D at a time:
-#   first  products = q x^T, (BLOCK_K, BLOCK_D) @ (BLOCK_D, BLOCK_N); then softmax, argmax, region r
-#   then   sums     = r x,   (BLOCK_K, BLOCK_N) @ (BLOCK_N, BLOCK_D), one chunk of columns each
+#   first  products = 2 q x^T, (BLOCK_K, BLOCK_D) @ (BLOCK_D, BLOCK_N); softmax, argmax, region r
+#   then   sums     = r x,     (BLOCK_K, BLOCK_N) @ (BLOCK_N, BLOCK_D), one chunk of columns each
 # The second walk goes backwards: what was read last is the likeliest to be in the cache.
-# PyTorch then adds the blocks of an image, always in the same order. Atomic additions would save
+# A second kernel adds the blocks of an image, always in the same order. Atomic additions would save
 # that step, but their order, and so the last bits of a result, changes from run to run.
-# K is padded to BLOCK_K by prototypes that are infinitely far away: logit -inf, share 0. They come
-# last and the first of equals wins, so they win no patch. Patches beyond N are 0 and not counted.
+# K is padded to BLOCK_K by prototypes that are infinitely far away: logit -inf, so s is 0. They
+# come last and the first of equals wins, so they win no patch. Patches beyond N are not counted.
 @jit
 def _load(ptr, rows, columns, num_rows, num_columns):
-    """A tile of a contiguous matrix (num_rows, num_columns), zero outside."""
+    """A tile of a contiguous matrix of fewer than 2^31 entries, zero outside."""
     inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
     offsets = rows[:, None] * num_columns + columns[None, :]
     return tl.load(ptr + offsets, inside, other=0.0)
@@ -101,15 +102,15 @@ def _store(ptr, tile, rows, columns, num_rows, num_columns):
 
 @jit
 def _shares(products, norms_ptr, bias, k, K, AFTER):
-    """s and u before its clamp, (BLOCK_K, BLOCK_N), from 2 q x^T and |q_k|^2."""
+    """s and v, (BLOCK_K, BLOCK_N), from products = 2 q x^T and |q_k|^2."""
     norms = tl.load(norms_ptr + k, k < K, other=float("inf"))
     logits = products - norms[:, None]
     if not AFTER:
         logits += bias
     exponential = tl.exp(logits - tl.max(logits, 0, keep_dims=True))
     s = exponential / tl.sum(exponential, 0, keep_dims=True)
-    u = s + bias if AFTER else s
-    return s, u
+    v = s + bias if AFTER else s
+    return s, v
 
 @jit
 def _winners(attention, k, n, N):
@@ -119,7 +120,7 @@ def _winners(attention, k, n, N):
 
 @jit
 def _forward_kernel(
-        x_ptr, q_ptr, norms_ptr, bias_ptr,  # (B, N, D), (K, D) like x, |q|^2 (K,) fp32, (K, N)
+        x_ptr, q_ptr, norms_ptr, bias_ptr,  # (B, N, D), (K, D) like x, |q_k|^2 (K,) fp32, (K, N)
         attention_ptr, part_ptr, part_mass_ptr,  # out (B, K, N), (B, blocks, K, D), (B, blocks, K)
         N, K, AFTER: tl.constexpr, SMOOTHING: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -136,10 +137,12 @@ def _forward_kernel(
         d = start + tl.arange(0, BLOCK_D)
         q = _load(q_ptr, k, d, K, D)
         x = _load(x_ptr, n, d, N, D)
-        products += 2 * tl.dot(q, tl.trans(x), input_precision="ieee")  # ieee: not TF32
+        # "ieee": fp32 is not rounded to TF32. The sum of a chunk is added to the others as a whole:
+        # a dot that goes on adding to products is less exact, one long sum over D.
+        products += 2 * tl.dot(q, tl.trans(x), input_precision="ieee")
     bias = _load(bias_ptr, k, n, K, N).to(tl.float32)
-    _, u = _shares(products, norms_ptr, bias, k, K, AFTER)
-    attention = tl.maximum(u, 0.0)
+    _, v = _shares(products, norms_ptr, bias, k, K, AFTER)
+    attention = tl.maximum(v, 0.0)
     if SMOOTHING > 0:
         total = tl.sum(attention, 0, keep_dims=True) + K * SMOOTHING
         attention = (attention + SMOOTHING) / total
@@ -161,15 +164,16 @@ def _pool_kernel(
         part_ptr, part_mass_ptr,  # (B, blocks, K, D), (B, blocks, K)
         pooled_ptr, mass_ptr,  # out (B, K, D) like x, (B, K)
         blocks, K, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A region's sums, and the masses, of all blocks of an image: their sum, and then the mean."""
+    """Adds what the blocks of an image found of a region, and divides by its mass."""
     region = tl.program_id(0).to(tl.int64)  # image * K + k
     block = tl.arange(0, ROWS)
-    row = (region // K * blocks + block) * K + region % K
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    row = (region // K * blocks + block) * K + region % K
+    part_mass = tl.load(part_mass_ptr + row, block < blocks, other=0.0)
+    mass = tl.sum(part_mass, 0)
     inside = (block < blocks)[:, None] & (d < D)[None, :]
-    mass = tl.sum(tl.load(part_mass_ptr + row, block < blocks, other=0.0), 0)
-    sums = tl.sum(tl.load(part_ptr + row[:, None] * D + d[None, :], inside, other=0.0), 0)
-    pooled = sums / tl.where(mass > 0, mass, 1.0)
+    part = tl.load(part_ptr + row[:, None] * D + d[None, :], inside, other=0.0)
+    pooled = tl.sum(part, 0) / tl.where(mass > 0, mass, 1.0)
     tl.store(pooled_ptr + region * D + d, pooled.to(pooled_ptr.dtype.element_ty), d < D)
     tl.store(mass_ptr + region, mass)
 
@@ -181,18 +185,17 @@ def _pool_kernel(
 #       da_k(n) = dA_k(n) + [k won n] dr_k(n)
 #   smoothing divides by Z = sum_k (u_k + eps); without it du = da:
 #       du_k = (da_k - sum_j da_j a_j) / Z
-#   the clamp lets pass what was not negative, and the bias is added there:
-#       h_k = [s_k + b_k >= 0] du_k                       h = du with the bias inside
+#   the clamp lets pass what was not negative:
+#       h_k = [v_k >= 0] du_k
 #   the softmax's Jacobian is s_k (delta_kj - s_j):
 #       dl_k = s_k (h_k - sum_j h_j s_j)
-#   l_k = 2 x.q_k - |q_k|^2 gives
+#   all images share the prototypes and the bias, so with the sum over images too
 #       dq_k = 2 sum_n dl_k(n) (x_n - q_k)
-#   the bias is the same for all images:
-#       db = sum_B h                                      sum_B dl with the bias inside
+#       db_k(n) = h_k(n)                                  dl_k(n) with the bias inside
 #   x_n is seen by the logits and, where w won n, by the average:
 #       dx_n = 2 sum_k dl_k(n) q_k + a_w(n) / m_w dP_w    detach_maps leaves the first out
-# Everything but x.q and x.dP is a handful of operations per map entry. So s is not stored but
-# computed again, from the x that dq needs anyway; only the forward's three outputs are kept.
+# From x.q to s is a handful of operations per map entry. So s is not stored but computed again,
+# from the x that dq needs anyway; only the forward's three outputs are kept.
 def backward_reference(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
                        after, smoothing, detach_maps, needed):
     """The derivation line by line, maps (B, N, K) -> dx (B, N, D), dq (K, D), db (K, N).
@@ -204,16 +207,17 @@ def backward_reference(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
     with torch.autocast(x.device.type, enabled=False):
         e, q, dP = x.to(dtype), prototypes.to(dtype), dP.to(dtype)
         a = attention.mT
-        s, u, _ = _attend(e, q, bias.to(dtype), after, smoothing)
+        s, v, _ = _attend(e, q, bias.to(dtype), after, smoothing)
         won = _won(a)
         inverse = torch.where(mass > 0, 1 / mass, 0)[:, None]  # (B, 1, K)
         dP_p = (dP * pooled).sum(-1)[:, None]
         dr = dm[:, None] + (e @ dP.mT - dP_p) * inverse
-        h = dA.mT + won * dr
+        da = dA.mT + won * dr
+        du = da
         if smoothing > 0:
-            Z = (u.clamp(min=0) + smoothing).sum(-1, keepdim=True)
-            h = (h - (h * a).sum(-1, keepdim=True)) / Z
-        h = torch.where(u < 0, 0, h)
+            Z = (v.clamp(min=0) + smoothing).sum(-1, keepdim=True)
+            du = (da - (da * a).sum(-1, keepdim=True)) / Z
+        h = torch.where(v < 0, 0, du)
         dl = s * (h - (h * s).sum(-1, keepdim=True))
         products = dl.flatten(0, 1).T @ e.flatten(0, 1)
         dq = 2 * (products - q * dl.sum((0, 1))[:, None])
@@ -232,8 +236,8 @@ def backward_reference(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
 @jit
 def _backward_kernel(
         x_ptr, q_ptr, norms_ptr, bias_ptr, attention_ptr,  # as in the forward
-        da_ptr, dp_ptr, inverse_ptr, c_ptr,  # dA (B, K, N), dP (B, K, D) like x, 1 / m and c (B, K)
-        dx_ptr, part_ptr, db_ptr,  # out (B, N, D) like x, (B, blocks, K, D), (B, K, N)
+        dA_ptr, dP_ptr, inverse_ptr, c_ptr,  # dA (B, K, N), dP (B, K, D) like x, 1 / m and c (B, K)
+        dx_ptr, part_ptr, db_ptr,  # out (B, N, D) like x, dq (B, blocks, K, D), db (B, K, N)
         N, K, AFTER: tl.constexpr, SMOOTHING: tl.constexpr, DETACH: tl.constexpr, D: tl.constexpr,
         BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
     image = tl.program_id(0).to(tl.int64)
@@ -243,60 +247,62 @@ def _backward_kernel(
     x_ptr += image * N * D
     dtype = x_ptr.dtype.element_ty
     part = image * tl.num_programs(1) + block
-    if dp_ptr is not None:
-        dp_ptr += image * K * D
+    if dP_ptr is not None:
+        dP_ptr += image * K * D
 
     products = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
-    dp_x = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+    dP_x = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
     for start in tl.range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         x = tl.trans(_load(x_ptr, n, d, N, D))
         q = _load(q_ptr, k, d, K, D)
         products += 2 * tl.dot(q, x, input_precision="ieee")
-        if dp_ptr is not None:
-            dp = _load(dp_ptr, k, d, K, D)
-            dp_x = tl.dot(dp, x, dp_x, input_precision="ieee")
+        if dP_ptr is not None:
+            dP = _load(dP_ptr, k, d, K, D)
+            dP_x = tl.dot(dP, x, dP_x, input_precision="ieee")  # meets no exponent: one long sum
 
     inverse = tl.load(inverse_ptr + image * K + k, k < K, other=0.0)[:, None]
     c = tl.load(c_ptr + image * K + k, k < K, other=0.0)[:, None]
     a = _load(attention_ptr + image * K * N, k, n, K, N)
     won = _winners(a, k, n, N)
     weight = tl.where(won, a * inverse, 0.0).to(dtype)  # a_w / m_w, at most 1: safe in fp16
-    h = tl.where(won, dp_x * inverse + c, 0.0)  # dr
-    if da_ptr is not None:
-        h += _load(da_ptr + image * K * N, k, n, K, N)
+    da = tl.where(won, dP_x * inverse + c, 0.0)  # dr
+    if dA_ptr is not None:
+        da += _load(dA_ptr + image * K * N, k, n, K, N)
 
     bias = _load(bias_ptr, k, n, K, N).to(tl.float32)
-    s, u = _shares(products, norms_ptr, bias, k, K, AFTER)
+    s, v = _shares(products, norms_ptr, bias, k, K, AFTER)
+    du = da
     if SMOOTHING > 0:
-        Z = tl.sum(tl.maximum(u, 0.0), 0, keep_dims=True) + K * SMOOTHING
-        h = (h - tl.sum(h * a, 0, keep_dims=True)) / Z
-    h = tl.where(u < 0, 0.0, h)
+        Z = tl.sum(tl.maximum(v, 0.0), 0, keep_dims=True) + K * SMOOTHING
+        du = (da - tl.sum(da * a, 0, keep_dims=True)) / Z
+    h = tl.where(v < 0, 0.0, du)
     dl = s * (h - tl.sum(h * s, 0, keep_dims=True))
     if db_ptr is not None:
         _store(db_ptr + image * K * N, h if AFTER else dl, k, n, K, N)
 
-    dl = (2 * dl).to(dtype)
-    sum_dl = tl.sum(dl.to(tl.float32), 1)[:, None]  # rounded as in the dot below: dq subtracts it
+    dl2 = (2 * dl).to(dtype)
+    sum_dl2 = tl.sum(dl2.to(tl.float32), 1)[:, None]  # of what the dot for dq sums, rounded alike
     chunks = tl.cdiv(D, BLOCK_D)
     for chunk in tl.range(chunks):
         d = (chunks - 1 - chunk) * BLOCK_D + tl.arange(0, BLOCK_D)
         q = _load(q_ptr, k, d, K, D)
         if part_ptr is not None:
             x = _load(x_ptr, n, d, N, D)
-            dq = tl.dot(dl, x, input_precision="ieee") - sum_dl * q
+            dq = tl.dot(dl2, x, input_precision="ieee") - sum_dl2 * q
             _store(part_ptr + part * K * D, dq, k, d, K, D)
         if dx_ptr is not None:
             dx = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
             if not DETACH:
-                dx = tl.dot(tl.trans(dl), q, dx, input_precision="ieee")
-            if dp_ptr is not None:
-                dp = _load(dp_ptr, k, d, K, D)
-                dx = tl.dot(tl.trans(weight), dp, dx, input_precision="ieee")
+                dx = tl.dot(tl.trans(dl2), q, dx, input_precision="ieee")
+            if dP_ptr is not None:
+                dP = _load(dP_ptr, k, d, K, D)
+                dx = tl.dot(tl.trans(weight), dP, dx, input_precision="ieee")
             _store(dx_ptr + image * N * D, dx.to(dtype), n, d, N, D)
 
 # --- 5. The launch --------------------------------------------------------------------------------
-# Nothing is autotuned: another BLOCK_N is another order of addition, so a timing could change bits.
+# The sizes were timed on an H200 (docs/results.md). They are not tuned at run time: another BLOCK_N
+# is another order of addition, so a timing could change bits.
 FORWARD = dict(BLOCK_N=128, BLOCK_D=128, num_warps=8)
 BACKWARD = dict(BLOCK_N=128, BLOCK_D=64, num_warps=8)
 SMALL = dict(BLOCK_N=64, BLOCK_D=32, num_warps=8)  # for fp32, many prototypes, few patches
@@ -317,14 +323,14 @@ def launch_forward(x, prototypes, bias, after, smoothing):
     """The reference's results, by the kernel. Inputs may have any strides."""
     (B, N, D), K = x.shape, len(prototypes)
     grid, inputs, constants = _prepare(x, prototypes, bias, FORWARD)
+    blocks = grid[1]
     attention = x.new_empty((B, K, N), dtype=torch.float32)
-    part = x.new_empty((*grid, K, D), dtype=torch.float32)
-    part_mass = x.new_empty((*grid, K), dtype=torch.float32)
+    part = x.new_empty((B, blocks, K, D), dtype=torch.float32)
+    part_mass = x.new_empty((B, blocks, K), dtype=torch.float32)
     wrap_triton(_forward_kernel)[grid](
         *inputs, attention, part, part_mass, N, K, AFTER=after, SMOOTHING=smoothing, **constants)
     pooled = x.new_empty((B, K, D))
     mass = x.new_empty((B, K), dtype=torch.float32)
-    blocks = grid[1]
     wrap_triton(_pool_kernel)[B * K, triton.cdiv(D, 256)](
         part, part_mass, pooled, mass, blocks, K, D,
         ROWS=triton.next_power_of_2(blocks), COLUMNS=256)
@@ -354,7 +360,8 @@ def launch_backward(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
     return dx, dq, db
 
 # --- 6. The op ------------------------------------------------------------------------------------
-# torch.compile sees into a triton_op: two kernels and the PyTorch around them.
+# torch.compile sees into a triton_op: the kernels and the PyTorch around them. On a CPU only the
+# tests call the op; prototype_attention there is the reference, which autograd differentiates.
 def _fused(x):
     kinds = (torch.float32, torch.bfloat16, torch.float16)
     return triton is not None and x.is_cuda and x.numel() > 0 and x.dtype in kinds
@@ -394,8 +401,8 @@ def prototype_attention(x, prototypes, bias, bias_after_softmax=True, *,
                         smoothing=0.0, detach_maps=False):
     """As prototype_attention_reference; fused on an NVIDIA GPU in fp32, bf16 and fp16.
 
-    The kernels round the prototypes to the dtype of x. Under autocast x takes autocast's dtype, as
-    for a matmul: fp32 from a LayerNorm is twice as large and misses the tensor cores.
+    The kernels round the prototypes to the dtype of x; sums are fp32. Under autocast fp32 x takes
+    autocast's dtype, unlike in the reference: it is twice as large and misses the tensor cores.
     Raises ValueError where shapes disagree, since a kernel would read past an end.
     """
     (_, N, D), K = x.shape, len(prototypes)
@@ -466,7 +473,8 @@ def peak_mib(run):
 
 def benchmark(B, N, D, K, device, dtype):
     """Prints a line for each form. GB/s: as if x was read once and nothing else was moved. With
-    gradients x is read twice at least and dx is written: a third of a copy is their limit."""
+    gradients x is read twice at least and dx is written: a third of a copy is their limit where x
+    is larger than the cache."""
     x = torch.randn(B, N, D)
     prototypes = 0.3 * torch.randn(K, D)
     bias = torch.zeros(K, N)

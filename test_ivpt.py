@@ -866,7 +866,7 @@ def compile_for(target):
             (kernels._forward_kernel, kernels.FORWARD, ()),
             (kernels._pool_kernel, kernels.FORWARD, ()),
             (kernels._backward_kernel, kernels.BACKWARD, ()),
-            (kernels._backward_kernel, kernels.BACKWARD, ("dp_ptr", "dx_ptr"))):
+            (kernels._backward_kernel, kernels.BACKWARD, ("dP_ptr", "dx_ptr"))):
         constants = kernels._prepare(x, q, bias, sizes)[2]
         warps = constants.pop("num_warps")
         constants |= dict(AFTER=True, SMOOTHING=0.0, DETACH=False, **dict.fromkeys(left_out))
@@ -875,7 +875,7 @@ def compile_for(target):
         signature, aligned = {}, {}
         for i, name in enumerate(kernel.arg_names):
             signature[name] = "*fp32" if name.endswith("_ptr") else "i32"
-            if name in ("x_ptr", "q_ptr", "pooled_ptr", "dp_ptr", "dx_ptr"):
+            if name in ("x_ptr", "q_ptr", "pooled_ptr", "dP_ptr", "dx_ptr"):
                 signature[name] = names[dtype]
             if name in constants:
                 signature[name] = "constexpr"

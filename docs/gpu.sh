@@ -3,12 +3,12 @@
 #
 #   bash docs/gpu.sh kernel OUT              the tests on the chip, the kernel's table
 #   bash docs/gpu.sh step OUT                a training step at the paper's size, random weights
-#   bash docs/gpu.sh train OUT DATA WEIGHTS  the recipes, the ablation, the baselines, six at a time
+#   bash docs/gpu.sh train OUT DATA WEIGHTS  the recipes, the baselines, the ablation, eight at a time
 #   bash docs/gpu.sh paper OUT DATA          the paper's command for two epochs, random weights
 #
 # DATA holds CUB_200_2011; WEIGHTS is a ViT's file.
-# OUT gets one text a piece. "train" leaves metrics and log of every run there, in one archive;
-# "paper" leaves its weights, the GPU's load and the run.
+# OUT gets one text a piece. "train" stops after 500 seconds; it leaves metrics and log of every
+# run there, in one archive. "paper" leaves its weights, the GPU's load and the run.
 set -uo pipefail
 piece=$1 out=$2
 mkdir -p "$out"
@@ -29,30 +29,34 @@ step() {
 one_run() {  # NAME SEED OPTIONS...
     local name=$1 seed=$2
     shift 2
-    python train.py --data cub --data-root "$data" --weights "$weights" --image-size 224 \
-        --epochs 16 --workers 3 --seed "$seed" --out "$runs/${name}_$seed" "$@" \
+    OMP_NUM_THREADS=1 python train.py --data cub --data-root "$data" --weights "$weights" \
+        --image-size 224 --epochs 16 --workers 2 --seed "$seed" --out "$runs/${name}_$seed" "$@" \
         > "$runs/${name}_$seed.txt" 2>&1
 }
 
 train() {
     data=$1 weights=$2 runs=$(mktemp -d)
-    for seed in 42 43 44; do
-        echo "paper $seed --recipe paper"
-        echo "released $seed --recipe released"
-        echo "tuned $seed --recipe tuned"
-    done > "$runs/list"
-    for seed in 42 43 44; do
-        echo "no-fusion $seed --recipe paper --no-fusion"
-        echo "no-cross $seed --recipe paper --no-cross-layer"
-        echo "no-regions $seed --recipe paper --no-cross-layer --no-regions"
-        echo "no-bias $seed --recipe paper --no-cross-layer --no-regions --no-bias"
-        for method in $(python -c "import baselines; print(*baselines.METHODS)"); do
-            echo "$method $seed --method $method"
+    {
+        for recipe in paper released tuned; do
+            for seed in 42 43 44; do
+                echo "$recipe $seed --recipe $recipe"
+            done
         done
-    done >> "$runs/list"
+        for method in $(python -c "import baselines; print(*baselines.METHODS)"); do
+            for seed in 42 43 44; do
+                echo "$method $seed --method $method"
+            done
+        done
+        for seed in 42 43 44; do
+            echo "no-fusion $seed --recipe paper --no-fusion"
+            echo "no-cross $seed --recipe paper --no-cross-layer"
+            echo "no-regions $seed --recipe paper --no-cross-layer --no-regions"
+            echo "no-bias $seed --recipe paper --no-cross-layer --no-regions --no-bias"
+        done
+    } > "$runs/list"
     export -f one_run
     export data weights runs
-    xargs -a "$runs/list" -L 1 -P 6 bash -c 'one_run "$@"' one_run
+    timeout 500 xargs -a "$runs/list" -L 1 -P 8 bash -c 'one_run "$@"' one_run
     (cd "$runs" && tar czf - ./*.txt ./*/metrics.json ./*/log.jsonl) > "$out/runs.tgz"
     for run in $(cut -d " " -f 1,2 --output-delimiter _ "$runs/list"); do
         if [ ! -f "$runs/$run/metrics.json" ]; then
