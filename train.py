@@ -36,7 +36,8 @@ import model as ivpt
 
 # ------------------------------------------------------------------------------ recipes and presets
 # The paper's text and the authors' program differ in the bias, the fusion head and what is trained.
-# lr_bias is ours: at the paper's 2e-4 a bias after the softmax makes all images' maps the same.
+# lr_bias is ours. Adam moves a bias by at most about its rate a step: at the paper's 2e-4 by 0.6 in
+# 25 epochs of CUB. A softmax's shares, to which it is added, sum to 1.
 PAPER = dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5, lr_fusion=1e-2, start="noise",
              distance="euclidean", votes="coarse")
 RELEASED = PAPER | dict(bias="inside", fusion="linear", tune="tokens", lr_bias=2e-4)
