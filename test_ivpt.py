@@ -1389,6 +1389,20 @@ def test_a_step_on_a_gpu_is_that_on_a_cpu(recipe, amp, tolerance):
         assert difference < 6 * tolerance * gradients["cpu"].norm()
 
 
+@needs_gpu
+def test_a_step_never_waits_for_the_gpu():
+    """Not even for the affine map, which comes from the CPU."""
+    model = tiny_ivpt("paper").cuda().train()
+    images, labels = torch.randn(2, 3, 70, 70, device="cuda"), torch.tensor([0, 4], device="cuda")
+    try:
+        for mode in ("default", "error"):  # the first step sets up what lasts
+            torch.cuda.set_sync_debug_mode(mode)
+            losses, _ = train.ivpt_losses(model, images, labels, data.sample_affine())
+            losses["loss"].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def named(model, *patterns):
     names = [name for name, _ in model.named_parameters()]
     return {name for name in names if any(fnmatch.fnmatch(name, p) for p in patterns)}
