@@ -6,9 +6,10 @@
 #   bash docs/gpu.sh train OUT DATA WEIGHTS  the recipes, the baselines, the ablation, eight at a time
 #   bash docs/gpu.sh paper OUT DATA          the paper's command for two epochs, random weights
 #
-# DATA holds CUB_200_2011; WEIGHTS is a ViT's file.
-# OUT gets one text a piece. "train" stops after 500 seconds; it leaves metrics and log of every
-# run there, in one archive. "paper" leaves its weights, the GPU's load and the run.
+# DATA holds CUB_200_2011, for results.md's tables its classes 1 to 40; WEIGHTS is a ViT's file.
+# OUT gets one text a piece. "train" stops after LIMIT seconds (default 500); it leaves metrics and
+# log of every run there, in one archive. "paper" leaves its weights, the GPU's load and the run; the
+# epochs' seconds are in its log.jsonl, those of the steps alone in the text of "step".
 set -uo pipefail
 piece=$1 out=$2
 mkdir -p "$out"
@@ -17,13 +18,15 @@ kernel() {
     nvidia-smi --query-gpu=name,driver_version --format=csv
     python -m pytest -q test_ivpt.py -k "gpu"
     python kernels.py
+    python -c 'import torch, kernels; kernels.benchmark(16, 1369, 768, 17, "cuda", torch.bfloat16)'
 }
 
 step() {
     for recipe in paper released tuned; do
-        python explore/bench.py --data cub --recipe $recipe --batch-size 16 | tail -n 1
+        python explore/bench.py --data cub --recipe $recipe --batch-size 16 | tail -n 3
     done
-    python explore/bench.py --data cub --recipe paper --batch-size 16 --compile | tail -n 1
+    timeout 400 python explore/bench.py --data cub --recipe paper --batch-size 16 --compile |
+        tail -n 3
 }
 
 one_run() {  # NAME SEED OPTIONS...
@@ -56,7 +59,7 @@ train() {
     } > "$runs/list"
     export -f one_run
     export data weights runs
-    timeout 500 xargs -a "$runs/list" -L 1 -P 8 bash -c 'one_run "$@"' one_run
+    timeout "${LIMIT:-500}" xargs -a "$runs/list" -L 1 -P 8 bash -c 'one_run "$@"' one_run
     (cd "$runs" && tar czf - ./*.txt ./*/metrics.json ./*/log.jsonl) > "$out/runs.tgz"
     for run in $(cut -d " " -f 1,2 --output-delimiter _ "$runs/list"); do
         if [ ! -f "$runs/$run/metrics.json" ]; then
@@ -68,12 +71,12 @@ train() {
 
 paper() {
     local run=$out/paper
-    nvidia-smi --query-gpu=utilization.gpu,memory.used --format=csv,noheader --loop=1 \
+    nvidia-smi --query-gpu=timestamp,utilization.gpu,memory.used --format=csv,noheader --loop=1 \
         > "$out/busy.txt" &
     python train.py --data cub --data-root "$1" --weights "$out/vitb14_reg4.pth" --epochs 2 \
-        --image-size 518 --out "$run"
+        --image-size 518 --out "$run" --overwrite
     kill $!
-    python evaluate.py --ckpt "$run/last.pt" --visualize "$run/pictures"
+    python evaluate.py --ckpt "$run/last.pt" --workers 8 --visualize "$run/pictures"
 }
 
 if [ "$piece" = paper ]; then  # the backbone's file holds random numbers: no network is needed
