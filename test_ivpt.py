@@ -820,7 +820,8 @@ def run_interpreted(B, N, D, K, after, smoothing, detach, needed, seed, kind="pl
         return kernels.prototype_attention_reference(*args[:4], smoothing=args[4])
 
     found = run(kernels.launch_forward, kernels.launch_backward)
-    wrong = []
+    again = run(kernels.launch_forward, kernels.launch_backward)
+    wrong = [] if all(map(torch.equal, found, again)) else ["repeat"]
     plain = run(reference, kernels.backward_reference)
     inputs = [t.double() for t in inputs]
     grads = [t.double() for t in grads]
@@ -835,13 +836,14 @@ def run_interpreted(B, N, D, K, after, smoothing, detach, needed, seed, kind="pl
 
 
 @needs_triton
-def test_kernels_interpreted_are_as_exact_as_pytorch():
+def test_kernels_interpreted_are_as_exact_as_pytorch_and_repeat():
     """A subprocess, since TRITON_INTERPRET must be set before triton is imported."""
-    code = ("import json, test_ivpt as t\n"
-            "results = [[case, t.run_interpreted(**case)] for case in t.interpreter_cases()]\n"
-            "print(json.dumps(results))")
+    code = ("import json, multiprocessing, test_ivpt as t\n"
+            "def check(case): return [case, t.run_interpreted(**case)]\n"
+            "with multiprocessing.get_context('fork').Pool(2) as pool:\n"
+            "    print(json.dumps(pool.map(check, t.interpreter_cases(), chunksize=1)))")
     try:
-        done = script("-c", code, TRITON_INTERPRET="1")
+        done = script("-c", code, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     except AssertionError as error:
         if "only 0-dimensional arrays can be converted" in str(error):
             pytest.skip("the interpreter of Triton 3.6 needs numpy < 2.4")
@@ -1383,9 +1385,8 @@ def test_a_step_on_a_gpu_is_that_on_a_cpu(recipe, amp, tolerance):
         gradients[device] = torch.cat(found).cpu()
     for name, loss in losses["cpu"].items():
         assert losses["cuda"][name].item() == pytest.approx(loss.item(), tolerance, tolerance), name
-    if not amp:  # in bf16 a patch may change its region, and with it the gradient of two
-        difference = (gradients["cuda"] - gradients["cpu"]).norm()
-        assert difference < 6 * tolerance * gradients["cpu"].norm()
+    difference = (gradients["cuda"] - gradients["cpu"]).norm() / gradients["cpu"].norm()
+    assert difference < (1 if amp else 6 * tolerance)  # bf16 can move a patch to another region
 
 
 @needs_gpu
