@@ -364,23 +364,23 @@ class ProtoPool(ProtoPNet):
         g_p = max over patches of similarity_p - mean over patches        (focal similarity)
         score of a slot = sum over the pool of q_p g_p
         W starts at 1 to the slot's class, 0 to others
-        1. Cross entropy + 0.2 Clst + 0.08 Sep + mean over the slots of a class's sum of cosines
-           of its q with those of the class's other slots. A class owns the m prototypes of which
-           its slots take most. The sharpness grows to 1000 as the root of the epoch.
+        1. A quarter of the epochs: cross entropy + 0.2 Clst + 0.08 Sep + mean over the slots of a
+           class's sum of cosines of its q with those of the class's other slots. A class owns the
+           m prototypes of which its slots take most. The sharpness grows to 1000 as the root of
+           the epoch.
         Then every prototype that a class owns is projected, as in ProtoPNet.
         2. q is one-hot. W learns as in ProtoPNet, and A learns on. A prototype stays the patch e_p
            of an image: p = A e_p.
 
     The maps are a slot's similarities less their mean over the patches.
 
-    In the paper W alone learns in stage 2. Here W cannot mend what projection costs: accuracy was
-    48 to 58 %; with A, and half of the run, 63 to 69 (Clst 0.8, d 128). The program mixes distances
-    by q; ours mixes similarities. It takes the cosines of slots from their logits; the paper and we
-    from q. It adds mixup, and gives slots the rate of p. Its d is 128.
+    In the paper stage 1 is long and W alone learns in stage 2. Here W cannot mend what projection
+    costs: docs/results.md has the accuracies. The program mixes distances by q; ours mixes
+    similarities. It takes the cosines of slots from their logits; the paper and we from q. It adds
+    mixup, and gives slots the rate of p.
     """
 
-    rates = dict(lr=2e-2, lr_prototypes=3e-3)
-    width = 256
+    rates = dict(lr=2e-2, lr_prototypes=1e-2)
     pool = 202
 
     def __init__(self, backbone, num_classes, tune="none"):
@@ -392,7 +392,7 @@ class ProtoPool(ProtoPNet):
         self.sharpness = 1000.0
 
     def first_stage(self, epochs):
-        return epochs - epochs // 2
+        return max(1, epochs // 4)
 
     def set_epoch(self, epoch, epochs):
         super().set_epoch(epoch, epochs)
