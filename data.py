@@ -3,9 +3,9 @@
     python data.py --data cub --data-root DIR   # find CUB in DIR, or download it there (1.1 GB)
     python data.py --data FOLDER                # print what is in a folder and what is skipped
 
-Your folder needs no lists if it has a folder for each class: train/CLASS/IMAGE and test/CLASS/IMAGE
-(or val/CLASS/IMAGE). With boxes or parts it has CUB's layout, which read_cub describes. The scripts
-in prepare/ convert other data sets to it.
+Your folder holds a folder for each class: train/CLASS/IMAGE and test/CLASS/IMAGE (or val/). With
+boxes or parts it has CUB's layout, which read_cub describes. The scripts in prepare/ convert other
+data sets to it.
 """
 import argparse
 import functools
@@ -150,7 +150,7 @@ def read_list(path, columns):
 
 
 def read_class_folders(folder):
-    """train/CLASS/IMAGE and test/CLASS/IMAGE, or val/CLASS/IMAGE where test/ has no classes."""
+    """train/CLASS/IMAGE and test/CLASS/IMAGE, or val/ where test/ has no class of train/."""
     train_files, train_names = class_images(folder / "train")
     classes = sorted(set(train_names))
     label_of = {name: label for label, name in enumerate(classes)}
@@ -178,7 +178,7 @@ def class_images(folder):
         for name in sorted(names):
             file = Path(place, name)
             below = file.relative_to(folder).parts  # CLASS, perhaps more folders, the file's name
-            if any(word[0] in ".@" for word in below):  # of operating systems and tools
+            if any(word[0] in ".@" for word in below):  # such as .DS_Store, @eaDir
                 skipped["hidden"] += 1
             elif file.suffix.lower() not in SUFFIXES:
                 skipped[f"with suffix {file.suffix!r}"] += 1
@@ -215,7 +215,7 @@ def read_image(path, upright=False):
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, RuntimeError,  # each of some format
+    except (OSError, ValueError, SyntaxError, EOFError, RuntimeError,  # what Pillow raises
             Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image ({error})") from None
 

@@ -707,7 +707,7 @@ def sample_regions(model, dataset, seed):
         foreground, background = find_foreground(e, radius2, torch.Generator().manual_seed(seed))
         if foreground.sum() < 2:
             raise ValueError("--start kmeans: found no foreground in the training images; give "
-                             "more images, or take --start noise")
+                             "more images, or take --recipe paper")
         if concept.distance == "relative":
             concept.means[0] = e[foreground].mean(0)
             concept.means[1] = e[~foreground].mean(0)

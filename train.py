@@ -10,8 +10,8 @@ A run's folder (--out) receives config.json (the options), log.jsonl (one object
 (what --resume and evaluate.py read) and metrics.json. Bad input ends with one line and exit code 2.
 
 With several processes --batch-size counts the images of one step over all of them. Two losses then
-see the images of their own process only: presence, whose maximum runs over the batch, and
-equivariance, whose affine map is drawn once a batch. log.jsonl tells the losses of process 0.
+differ from those of one process: presence, whose maximum runs over the images of a process, and
+equivariance, whose affine map each process draws. log.jsonl holds the losses of process 0.
 """
 import argparse
 import json
@@ -36,12 +36,12 @@ import model as ivpt
 
 # ------------------------------------------------------------------------------ recipes and presets
 # The paper's text and the authors' program differ in the bias, the fusion head and what is trained.
-# lr_bias is ours. Adam moves a bias by at most about its rate a step: at the paper's 2e-4 by 0.6 in
-# 25 epochs of CUB. A softmax's shares, to which it is added, sum to 1.
+# PAPER's lr_bias is ours. Adam moves a bias by at most about its rate a step: at the text's 2e-4 by
+# 0.6 in 25 epochs of CUB. It would outgrow the shares to which it is added, since these sum to 1.
 PAPER = dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5, lr_fusion=1e-2, start="noise",
              distance="euclidean", votes="coarse")
 RELEASED = PAPER | dict(bias="inside", fusion="linear", tune="tokens", lr_bias=2e-4)
-# Ours: concepts follow parts, and all of them vote. Faster prompts would blur the regions.
+# Ours: concepts follow parts, and all of them vote. See docs/tuned.md.
 TUNED = PAPER | dict(start="kmeans", distance="relative", votes="all", lr_fusion=1e-5)
 RECIPES = {"paper": PAPER, "released": RELEASED, "tuned": TUNED}
 
@@ -81,9 +81,10 @@ class Options:
     recipe: str = option(None, "the paper's text (default of cub and baselines), "
                          "its program, or ours (default of all other data)",
                          choices=list(RECIPES))
-    weights: str = option(None, "vits14, vitb14, vitl14, vitg14, each also with _reg4, or a file")
+    weights: str = option(None, "toy, vits14, vitb14, vitl14, vitg14, each but toy also with "
+                         "_reg4, or a file")
     image_size: int = option(None, "side of the input in pixels, a multiple of the patch")
-    prototypes: tuple = option(ivpt.PROTOTYPES, "of each layer, the last of them background; "
+    prototypes: tuple = option(ivpt.PROTOTYPES, "number in each layer, with one for background; "
                                "auto: as many as the data has", nargs="+", type=number_or_auto)
     bias: str = option(None, "after or inside the softmax", choices=["after", "inside"])
     fusion: str = option(None, "head of the fusion", choices=["mlp", "linear"])
@@ -101,7 +102,7 @@ class Options:
     batch_size: int = option(16, "images of an optimiser step, over all processes")
     lr: float = option(None, "rate of class head, grouping and LayerNorms")
     lr_fusion: float = option(None, "rate of the fusion heads, which make prompts")
-    lr_prototypes: float = option(None, "rate of prototypes, prompts and tuned tokens")
+    lr_prototypes: float = option(None, "rate of prototypes, tuned tokens and a baseline's prompts")
     lr_bias: float = option(None, "rate of the spatial bias: too high, and regions stand still")
     lr_backbone: float = option(None, "rate of the backbone under --tune all")
     seed: int = option(42, "of weights, order, augmentation and noise")
@@ -121,7 +122,7 @@ def parse(argv=None):
         settings = dict(f.metadata)
         if f.type is bool:
             settings.setdefault("action", "store_true")
-        elif f.type is not str:  # in a text the parser expands ~
+        elif f.type is not str:  # str keeps the parser's own type, which expands ~
             settings.setdefault("type", f.type)
         parser.add_argument("--" + f.name.replace("_", "-"), **settings)
     typed = vars(parser.parse_args(argv))  # without defaults
@@ -131,6 +132,9 @@ def parse(argv=None):
         take_run_options(args, typed)
     if "auto" in args.prototypes and args.prototypes != ivpt.AUTO:
         raise ValueError("--prototypes: expected numbers, or auto alone")
+    if args.distance == "relative" and args.start == "noise":
+        raise ValueError("--distance relative needs --start kmeans, which finds the objects; "
+                         "or take --distance euclidean")
     for name, value in vars(args).items():
         lowest = 1 if name in ("epochs", "batch_size", "image_size") else 0
         if isinstance(value, (int, float)) and not lowest <= value < math.inf:
@@ -152,13 +156,13 @@ def fill_blanks(args):
         from baselines import METHODS
         if args.method not in METHODS:
             raise ValueError(f"--method {args.method}: expected ivpt, {', '.join(METHODS)}")
-        defaults |= METHODS[args.method].rates | dict(start="noise")
+        defaults |= METHODS[args.method].rates | dict(start="noise", distance="euclidean")
         defaults["out"] += f"_{args.method}"
     weights = args.weights or preset["weights"]
-    if weights == "toy":  # it is young and learns along
+    if weights == "toy":  # little trained, so it learns along
         defaults |= dict(tune="all", image_size=TOY_PRESET["image_size"])
     elif ivpt.backbone_name(weights) not in ivpt.ARCHITECTURES:
-        defaults["image_size"] = None  # open: check_model takes that of the file
+        defaults["image_size"] = None  # check_model takes that of the file
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -244,7 +248,7 @@ def equivariance(A, A_back):
 
 
 def orthogonality(features):
-    """Mean of (Z Z^T - I)^2, Z the row-normalised features (B, K, D) of the final concepts."""
+    """Mean of (Z Z^T - I)^2, Z the last layer's features (B, G + 1, D), rows of length 1."""
     Z = F.normalize(ivpt.to_float32(features), dim=2)
     identity = torch.eye(Z.shape[1], device=Z.device)
     with torch.autocast(Z.device.type, enabled=False):
@@ -263,7 +267,7 @@ def ivpt_losses(model, images, labels, theta):
     images (B, 3, S, S), labels (B,), theta (2, 3) the affine map T of the equivariance loss.
     Returns a dict of the eight scalars and "loss", their sum; and the logits (B, C).
     """
-    # The transformed view first. Its backbone keeps no graph: every map sees detached patches.
+    # The warped view needs no graph of the backbone: every map sees detached patches.
     warped = model(data.warp(images, theta), backbone_graph=False)
     maps_back = [data.unwarp(A, theta) for A in warped.attention]
     out = model(images)
@@ -284,7 +288,7 @@ def ivpt_losses(model, images, labels, theta):
 
 
 def method_losses(model, images, labels, theta):
-    """The losses of IVPT, by a baseline's weights where it has some; or a baseline's own."""
+    """IVPT's losses (a baseline that is built on IVPT weighs some), or a baseline's own."""
     if not isinstance(model, ivpt.IVPT):
         losses, logits = model.losses(images, labels)
         losses["loss"] = sum(losses.values())
@@ -298,12 +302,12 @@ def method_losses(model, images, labels, theta):
 
 # --------------------------------------------------------------------------------- the optimiser
 def parameter_groups(model, args):
-    """IVPT's rates at batch 16. In the paper's text heads have lr, all else has lr_prototypes."""
+    """IVPT's parameters, with their rates at batch 16."""
     fusions = [*model.fusions.named_parameters()]
     prompt_heads = [p for name, p in fusions if ".head." in name]
     groupings = [p for name, p in fusions if ".head." not in name]  # and the norms beside them
     class_heads = [*model.classifier.parameters(), *model.votes.parameters()]
-    decay = 0.5 if args.votes == "all" else 0.0  # each concept has class weights of its own
+    decay = 0.5 if args.votes == "all" else 0.0  # ours: docs/tuned.md
     tuned = [p for p in model.backbone.parameters() if p.requires_grad]
     return [
         dict(params=[*model.norm.parameters(), *groupings], lr=args.lr),
@@ -352,7 +356,7 @@ def open_run_folder(args):
 
 
 def check_model(args):
-    """One line where the options make no model, before a download. Sets image_size if open."""
+    """ValueError where options and backbone do not fit, before a download. Fills image_size."""
     name = ivpt.backbone_name(args.weights)
     if name in ivpt.ARCHITECTURES:
         architecture = ivpt.ARCHITECTURES[name]
@@ -430,11 +434,11 @@ def train(args):
     if not args.resume:
         if args.weights == "toy" and args.pretrain:
             from prepare.toy_vit import pretrain
-            pretrain(model.backbone, dataset, args.pretrain, device, args.amp)
+            pretrain(model.backbone, dataset, args.pretrain, device, args.amp, args.workers)
             ivpt.tune_backbone(model.backbone, args.tune)  # what stays frozen is frozen again
         if args.prototypes == ivpt.AUTO and args.method == "ivpt":
             counts = ivpt.count_prototypes(model, unaugmented, args.seed)
-            args.prototypes = ivpt.PROTOTYPES[:-len(counts)] + counts  # one with --no-cross-layer
+            args.prototypes = ivpt.PROTOTYPES[:-len(counts)] + counts  # --no-cross-layer: one
             model = ivpt.build(asdict(args), len(dataset.classes), model.backbone).to(device)
         if args.start == "kmeans" and args.method == "ivpt":
             ivpt.start_prototypes(model, unaugmented, args.seed)
@@ -526,7 +530,7 @@ def train(args):
     recipe = {name: getattr(args, name) for name in evaluate.METHOD}
     metrics_file = out / ("metrics_val.json" if args.validate else "metrics.json")
     metrics = evaluate.evaluate(
-        model.eval(), folder, args.image_size, workers=args.workers, amp=args.amp, seed=args.seed,
+        model, folder, args.image_size, workers=args.workers, amp=args.amp, seed=args.seed,
         split=test_split, recipe=recipe)
     if chief:
         ivpt.save(metrics_file, json.dumps(metrics, indent=1) + "\n")

@@ -48,16 +48,16 @@ class ClassPrototypes(nn.Module):
     The maps are similarities to the prototypes of the image's own class, not shares. Concept j
     differs from class to class. The background map is 0: it wins where all others are negative.
 
-    All four methods differ from their papers: those train a CNN along, our ViT is frozen. Their
-    add-on layers end in a sigmoid, which leaves all z in one corner of the space; ProtoPNet and
-    ProtoPool take the logarithm of a distance. Neither trains well on frozen patches. One linear
-    layer, the cosine and a scale do. In the papers Clst weighs 0.8. With cosines, 0.2 is better by
-    one or two points, by six in ProtoPool (cached patches of the validation split).
+    All four methods differ from their papers: those train a CNN along, our ViT is frozen, in stage
+    2 even with --tune. Their add-on layers end in a sigmoid, which leaves all z in one corner of
+    the space; ProtoPNet and ProtoPool take the logarithm of a distance. Neither trains well on
+    frozen patches. One linear layer, the cosine and a scale do. In the papers Clst weighs 0.8. Here
+    0.2 is better by one or two points (cached patches of the validation split).
     """
 
     class_specific = True
     per_class = 10  # m
-    width = 128  # d
+    width = 128  # d; programs on CUB: 64 (TesNet, Huang), 256 (ProtoPool)
     pool = None  # P where classes share prototypes
 
     def __init__(self, backbone, num_classes, tune="none"):
@@ -78,7 +78,7 @@ class ClassPrototypes(nn.Module):
         self.last = nn.Parameter(1.5 * own - 0.5)  # W: 1 to the own class, -1/2 to others
 
     def patches(self, images):
-        """images -> patches e (B, N, D), and the patches after a quarter of the blocks."""
+        """images -> patches e (B, N, D), and those after an early block, the fourth of twelve."""
         blocks, prefix = self.backbone.blocks, self.backbone.prefix
         learns = self.tune != "none" and self.stage == 1
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
@@ -129,7 +129,7 @@ class ClassPrototypes(nn.Module):
         """cosines (B, N, P) -> Output with the maps of the labels' prototypes (None: predictions').
 
         The mean of concept_logits is what those prototypes add to the logits. The rest comes from
-        the prototypes of other classes.
+        the prototypes of other classes. features are the prototypes; there are no groupings.
         """
         W = self.class_weights()
         with torch.autocast(cosines.device.type, enabled=False):  # in bf16 classes would tie
@@ -192,7 +192,7 @@ class ClassPrototypes(nn.Module):
 # ---------------------------------------------------------------- ProtoPNet
 
 class ProtoPNet(ClassPrototypes):
-    """ProtoPNet, in the stages of its section 2.2.
+    """ProtoPNet, in the three stages of its section 2.2. Stage 2 here is its third.
 
         1. A, s and the prototypes learn: cross entropy + 0.2 Clst + 0.08 Sep, with the squared
            distance |z - p|^2 = 2 - 2 cos(z, p) of unit vectors.
@@ -200,14 +200,14 @@ class ProtoPNet(ClassPrototypes):
         2. W alone learns: cross entropy + 1e-4 times the L1 norm of its weights to other classes.
 
     The paper's z is sigmoid(A2 relu(A1 e)), its similarity log((d2 + 1) / (d2 + 1e-4)) of the
-    squared distance d2. Its program projects every ten epochs and then trains all layers again;
-    we project once.
+    squared distance d2. Its program goes through the three every ten epochs; we do so once. (More
+    often was worse: docs/results.md.)
     """
 
     rates = dict(lr=1e-3, lr_prototypes=3e-3)
 
     def first_stage(self, epochs):
-        """Length of stage 1: all but five epochs, or but half of a short run."""
+        """Length of stage 1. Stage 2 has five epochs, or half of a run of fewer than ten."""
         return epochs - min(5, epochs // 2)
 
     def set_epoch(self, epoch, epochs):
@@ -251,7 +251,7 @@ class ProtoPNet(ClassPrototypes):
 # bases (C, m, d): the m unit vectors of a class, B_c (m, d), span the subspace of the class.
 
 def orthonormality(bases):
-    """Sum over classes of the entries of |B_c B_c^T - I|."""
+    """Sum over classes of the absolute entries of B_c B_c^T - I, as in TesNet's program."""
     gram = bases @ bases.transpose(1, 2)  # (C, m, m)
     identity = torch.eye(gram.shape[1], device=gram.device)
     return (gram - identity).abs().sum()
@@ -273,15 +273,15 @@ def subspace_separation(bases):
 
 
 class TesNet(ProtoPNet):
-    """TesNet: the prototypes of a class are an orthonormal basis of its subspace.
+    """TesNet: a class is a subspace, its prototypes are drawn towards an orthonormal basis of it.
 
         Stage 1: cross entropy + 0.2 Clst + 0.08 Sep, both with the distance -cos(z, p)
                  + 1e-4 orthonormality + 1e-7 subspace separation
         Projection and stage 2 are ProtoPNet's.
 
-    The paper's score is <z, p> with p of unit length; ours is s <z, p> / |z|. It renormalises p
-    after every step; we normalise in the forward. Our bases start orthonormal; its program's start
-    at random positive numbers.
+    The paper's score is <z, p> with p of unit length; ours is s <z, p> / |z|. Its program also sets
+    |p| = 1 after every step. Our bases start orthonormal, those of its program at random positive
+    numbers.
     """
 
     rates = dict(lr=1e-3, lr_prototypes=1e-2)
@@ -323,14 +323,15 @@ def peak_cosines(e, peaks):
 
 
 class Huang(ClassPrototypes):
-    """Huang et al.: TesNet's bases without subspace separation, projection and stage 2.
+    """Huang et al.: TesNet without subspace separation, projection and stage 2.
 
         Score aggregation: W_cj = m softmax_j(w_c) to the own class, 0 to others; w is learnt.
         Loss: cross entropy + 0.2 Clst + 0.08 Sep, both with the distance -cos(z, p)
               + 1e-4 orthonormality + 0.3 shallow-deep feature alignment
 
-    The paper aligns the last map of a backbone that is trained; ours is frozen, so z is aligned.
-    Its program aligns from the sixth epoch, ours from the first. Its score is <z, p>, as TesNet's.
+    The paper aligns the last features of a backbone that is trained; ours is frozen, so z is
+    aligned. Its program aligns from the sixth epoch, ours from the first. Its score is <z, p>, as
+    TesNet's. Our bases start random, as in ProtoPNet.
     """
 
     rates = dict(lr=1e-6, lr_prototypes=1e-2)  # lr is that of w, as in its program
@@ -364,24 +365,25 @@ class ProtoPool(ProtoPNet):
         g_p = max over patches of similarity_p - mean over patches        (focal similarity)
         score of a slot = sum over the pool of q_p g_p
         W starts at 1 to the slot's class, 0 to others
-        1. A quarter of the epochs: cross entropy + 0.2 Clst + 0.08 Sep + mean over the slots of a
-           class's sum of cosines of its q with those of the class's other slots. A class owns the
-           m prototypes of which its slots take most. The sharpness grows to 1000 as the root of
-           the epoch.
+        1. A quarter of the epochs. A, s, the prototypes and the slots learn:
+           cross entropy + 0.2 Clst + 0.08 Sep
+           + mean over all slots i of the sum of cos(q_i, q_j) over the other slots j of its class
+           A class owns the m prototypes of which its slots take most. The sharpness grows to 1000
+           as the root of the epoch.
         Then every prototype that a class owns is projected, as in ProtoPNet.
-        2. q is one-hot. W learns as in ProtoPNet, and A learns on. A prototype stays the patch e_p
-           of an image: p = A e_p.
+        2. q is one-hot. W learns as in ProtoPNet; A and s learn on. A prototype stays the patch
+           e_p of an image, p = A e_p. One without a patch has e_p = 0; no class owns it.
 
     The maps are a slot's similarities less their mean over the patches.
 
-    In the paper stage 1 is long and W alone learns in stage 2. Here W cannot mend what projection
-    costs: docs/results.md has the accuracies. The program mixes distances by q; ours mixes
-    similarities. It takes the cosines of slots from their logits; the paper and we from q. It adds
-    mixup, and gives slots the rate of p.
+    In the paper W alone learns in stage 2. Here that does not mend what projection costs:
+    docs/results.md has the accuracies. The program mixes distances by q, we mix similarities. The
+    program takes the cosines of slots from their logits; the paper and we take them from q. The
+    program adds mixup, and gives slots the rate of p; ours is 0.3 of that.
     """
 
     rates = dict(lr=2e-2, lr_prototypes=1e-2)
-    pool = 202
+    pool = 202  # as on CUB
 
     def __init__(self, backbone, num_classes, tune="none"):
         super().__init__(backbone, num_classes, tune)
@@ -396,7 +398,7 @@ class ProtoPool(ProtoPNet):
 
     def set_epoch(self, epoch, epochs):
         super().set_epoch(epoch, epochs)
-        self.sharpness = 1000 * min(1, (epoch + 1) / self.first_stage(epochs)) ** 0.5
+        self.sharpness = 1000 * ((epoch + 1) / self.first_stage(epochs)) ** 0.5  # for stage 1
 
     def assignment(self):
         """q (C, m, P): what a slot takes from the pool. Soft and random only while it learns."""
@@ -442,7 +444,7 @@ class ProtoPool(ProtoPNet):
     def after_epoch(self, epoch, epochs, dataset):
         super().after_epoch(epoch, epochs, dataset)
         if self.stage == 2:
-            self.vectors.copy_(self.add_on(self.sources))  # a loaded model is in stage 1
+            self.vectors.copy_(self.add_on(self.sources))  # a loaded model reads vectors
 
     def parameter_groups(self, args):
         slots = dict(params=[self.slots], lr=0.3 * args.lr_prototypes)

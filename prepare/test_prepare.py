@@ -118,7 +118,7 @@ def test_the_toy_vit_learns_species_and_pixels(tmp_path, monkeypatch):
         return errors[-1]
 
     monkeypatch.setattr(F, "mse_loss", watched)
-    toy_vit.pretrain(backbone, dataset, 6, torch.device("cpu"), amp=False)
+    toy_vit.pretrain(backbone, dataset, 6, torch.device("cpu"), amp=False, workers=1)
     unmoved = {name for name, p in backbone.named_parameters() if torch.equal(p, before[name])}
     assert unmoved == {"mask_token"}
     assert len(errors) == 6 * 5 and sum(errors[-5:]) < 0.8 * sum(errors[:5])
@@ -591,8 +591,8 @@ def test_converted_data_trains_evaluates_and_draws(tmp_path, monkeypatch, capsys
     backbone = ivpt.VisionTransformer(width=64, depth=5, patch_size=14, pos_grid=4, image_size=56)
     torch.save(backbone.state_dict(), tmp_path / "vit.pth")
     run(monkeypatch, train, "--data", tmp_path / "new", "--out", tmp_path / "run", "--epochs", 1,
-        "--weights", tmp_path / "vit.pth", "--image-size", 56, "--batch-size", 1, "--start",
-        "noise", "--workers", 0, "--device", "cpu", "--no-amp")
+        "--weights", tmp_path / "vit.pth", "--image-size", 56, "--batch-size", 1, "--recipe",
+        "paper", "--workers", 0, "--device", "cpu", "--no-amp")
     run(monkeypatch, evaluate, "--ckpt", tmp_path / "run/last.pt", "--workers", 0, "--visualize",
         tmp_path / "pictures")
     assert (tmp_path / "pictures/index.html").is_file()

@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 
-def pretrain(backbone, dataset, epochs, device, amp, batch_size=16):
+def pretrain(backbone, dataset, epochs, device, amp, workers, batch_size=16):
     """Trains all of a VisionTransformer in place. Every process does the same.
 
     dataset: data.Images in its training view; its seed decides order and augmentation;
     the heads start from torch's global generator.
-    amp: bf16 autocast.
+    amp: bf16 autocast; workers: loader processes.
     """
     D, patch = backbone.width, backbone.patch_size
     class_head = nn.Linear(D, len(dataset.classes)).to(device)
@@ -33,8 +33,8 @@ def pretrain(backbone, dataset, epochs, device, amp, batch_size=16):
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_then_decay)
     order = torch.Generator().manual_seed(dataset.seed)
-    loader = DataLoader(dataset, batch_size, shuffle=True, drop_last=True, num_workers=1,
-                        generator=order)
+    loader = DataLoader(dataset, batch_size, shuffle=True, drop_last=True,
+                        num_workers=workers, generator=order)
     for epoch in tqdm(range(epochs), "pretraining the toy ViT", disable=None, leave=False):
         dataset.epoch = epoch
         for images, labels, _, _ in loader:
