@@ -197,14 +197,20 @@ class ProtoPNet(ClassPrototypes):
         1. A, s and the prototypes learn: cross entropy + 0.2 Clst + 0.08 Sep, with the squared
            distance |z - p|^2 = 2 - 2 cos(z, p) of unit vectors.
         Then every prototype is projected onto the nearest patch of its class's training images.
-        2. W alone learns: cross entropy + 1e-4 times the L1 norm of its weights to other classes.
+        2. W learns: cross entropy + 1e-4 times the L1 norm of its weights to other classes. A and s
+           learn on. A prototype stays the patch e_p of an image: p = A e_p.
 
     The paper's z is sigmoid(A2 relu(A1 e)), its similarity log((d2 + 1) / (d2 + 1e-4)) of the
-    squared distance d2. Its program goes through the three every ten epochs; we do so once. (More
-    often was worse: docs/results.md.)
+    squared distance d2. There W alone learns in stage 2. Here that does not mend what projection
+    costs (docs/results.md). Its program goes through the three stages every ten epochs; we do so
+    once.
     """
 
     rates = dict(lr=1e-3, lr_prototypes=3e-3)
+
+    def __init__(self, backbone, num_classes, tune="none"):
+        super().__init__(backbone, num_classes, tune)
+        self.register_buffer("sources", torch.zeros(len(self.vectors), backbone.width))  # e_p
 
     def first_stage(self, epochs):
         """Length of stage 1. Stage 2 has five epochs, or half of a run of fewer than ten."""
@@ -213,25 +219,27 @@ class ProtoPNet(ClassPrototypes):
     def set_epoch(self, epoch, epochs):
         self.stage = 1 if epoch < self.first_stage(epochs) else 2
 
+    def unit_vectors(self):
+        if self.stage == 2:
+            return F.normalize(self.add_on(self.sources), dim=1)
+        return super().unit_vectors()
+
+    @torch.no_grad()
     def after_epoch(self, epoch, epochs, dataset):
         if epoch + 1 == self.first_stage(epochs):
             self.project(dataset)
+        if epoch + 1 >= self.first_stage(epochs):
+            self.vectors.copy_(self.add_on(self.sources))  # a loaded model reads vectors
 
-    def scores(self, similarity):
-        scores = super().scores(similarity)
-        return scores.detach() if self.stage == 2 else scores  # in stage 2 W alone learns
-
-    @torch.no_grad()
     def project(self, dataset):
-        """Moves every prototype to the nearest patch of its class's images: one can look at it.
+        """Takes as e_p the nearest patch of the prototype's class: one can look at it.
 
-        dataset: the training images in the test view. Prototypes of a class without images stay.
-        Returns the nearest patches e (P, D), 0 where a prototype stays.
+        dataset: the training images in the test view. Without a class, or an image, e_p is 0.
         """
         self.eval()
-        P, device = len(self.vectors), self.vectors.device
-        best = torch.full((P,), -math.inf, device=device)  # cosine of the nearest patch so far
-        nearest = torch.zeros(P, self.backbone.width, device=device)
+        device = self.vectors.device
+        best = torch.full((len(self.vectors),), -math.inf, device=device)  # cosine of e_p so far
+        self.sources.zero_()
         for images, labels, *_ in DataLoader(dataset, 16):
             e, _ = self.patches(images.to(device))
             _, cosines = self.compare(e)
@@ -240,11 +248,8 @@ class ProtoPNet(ClassPrototypes):
             highest, index = cosines.flatten(0, 1).max(0)  # (P), over the patches of the batch
             candidates = e.flatten(0, 1)[index]  # (P, D)
             closer = highest > best
-            best = torch.where(closer, highest, best)
-            nearest = torch.where(closer[:, None], candidates, nearest)
-        found = best > -math.inf
-        self.vectors[found] = self.add_on(nearest[found])
-        return nearest
+            best[closer] = highest[closer]
+            self.sources[closer] = candidates[closer]
 
 
 # ---------------------------------------------------------------- TesNet
@@ -371,15 +376,13 @@ class ProtoPool(ProtoPNet):
            A class owns the m prototypes of which its slots take most. The sharpness grows to 1000
            as the root of the epoch.
         Then every prototype that a class owns is projected, as in ProtoPNet.
-        2. q is one-hot. W learns as in ProtoPNet; A and s learn on. A prototype stays the patch
-           e_p of an image, p = A e_p. One without a patch has e_p = 0; no class owns it.
+        2. q is one-hot, the rest as in ProtoPNet.
 
     The maps are a slot's similarities less their mean over the patches.
 
-    In the paper W alone learns in stage 2. Here that does not mend what projection costs:
-    docs/results.md has the accuracies. The program mixes distances by q, we mix similarities. The
-    program takes the cosines of slots from their logits; the paper and we take them from q. The
-    program adds mixup, and gives slots the rate of p; ours is 0.3 of that.
+    The program mixes distances by q, we mix similarities. The program takes the cosines of slots
+    from their logits; the paper and we take them from q. The program adds mixup, and gives slots
+    the rate of p; ours is 0.3 of that.
     """
 
     rates = dict(lr=2e-2, lr_prototypes=1e-2)
@@ -390,7 +393,6 @@ class ProtoPool(ProtoPNet):
         P = len(self.vectors)
         self.slots = nn.Parameter(0.02 * torch.randn(num_classes, self.per_class, P))
         self.last = nn.Parameter(self.own.clone())  # W
-        self.register_buffer("sources", torch.zeros(P, backbone.width))  # e_p
         self.sharpness = 1000.0
 
     def first_stage(self, epochs):
@@ -409,11 +411,6 @@ class ProtoPool(ProtoPNet):
     def compare(self, e):
         self.q = self.assignment()  # one draw a forward; all that follows reads it
         return super().compare(e)
-
-    def unit_vectors(self):
-        if self.stage == 2:
-            return F.normalize(self.add_on(self.sources), dim=1)
-        return super().unit_vectors()
 
     def similarity(self, cosines):
         return super().similarity(cosines - cosines.mean(1, keepdim=True))
@@ -436,15 +433,6 @@ class ProtoPool(ProtoPNet):
         cosines_of_slots = q @ q.transpose(1, 2)  # (C, m, m)
         losses["slots"] = cosines_of_slots.sum(2).mean() - 1  # less a slot's cosine with itself
         return losses
-
-    def project(self, dataset):
-        self.sources.copy_(super().project(dataset))
-
-    @torch.no_grad()
-    def after_epoch(self, epoch, epochs, dataset):
-        super().after_epoch(epoch, epochs, dataset)
-        if self.stage == 2:
-            self.vectors.copy_(self.add_on(self.sources))  # a loaded model reads vectors
 
     def parameter_groups(self, args):
         slots = dict(params=[self.slots], lr=0.3 * args.lr_prototypes)

@@ -436,16 +436,14 @@ def test_projection_puts_every_prototype_on_a_patch_of_its_class_before_the_last
         allowed = torch.cat([patches[c] for c in (0, 1) if owned[c, j]])
         nearest = F.cosine_similarity(before[j], allowed, dim=1).argmax()
         torch.testing.assert_close(model.vectors[j], allowed[nearest], atol=1e-4, rtol=1e-4)
-    if method == "protopool":  # the patch stays the same when A learns
-        model.add_on.weight.data.mul_(torch.rand(128))
-        model.after_epoch(7, 8, dataset)
-        j = owned[0].nonzero()[0]
-        torch.testing.assert_close(model.vectors[j], model.add_on(model.sources[j]))
-        torch.testing.assert_close(model.unit_vectors()[j], F.normalize(model.vectors[j], dim=1))
-    else:
-        assert torch.equal(model.vectors[20:], before[20:])
+    model.add_on.weight.data.mul_(torch.rand(128))  # the patch stays the same when A learns
+    model.after_epoch(7, 8, dataset)
+    torch.testing.assert_close(model.vectors, model.add_on(model.sources))
+    torch.testing.assert_close(model.unit_vectors(), F.normalize(model.vectors, dim=1))
+    if method != "protopool":
+        assert (model.sources[20:] == 0).all()
         model.set_epoch(25 - 6, 25)
-        assert model.stage == 1  # five epochs for the last layer
+        assert model.stage == 1  # stage 2 has five epochs
 
 
 # ---------------------------------------------------------------- all
@@ -477,9 +475,7 @@ def test_each_loss_reaches_what_its_paper_trains():
         model.set_epoch(1, 2)
         losses, _ = model.losses(images, labels)
         found = {name: reached(model, loss) for name, loss in losses.items()}
-        learners = {"last"}
-        if method == "protopool":  # its prototypes stay patches of images whatever A becomes
-            learners = {"last", "add_on", "log_scale"}
+        learners = {"last", "add_on", "log_scale"}
         assert found == {"classification": learners, "last_layer": {"last"}}, method
 
 
