@@ -201,9 +201,9 @@ class ProtoPNet(ClassPrototypes):
            learn on. A prototype stays the patch e_p of an image: p = A e_p.
 
     The paper's z is sigmoid(A2 relu(A1 e)), its similarity log((d2 + 1) / (d2 + 1e-4)) of the
-    squared distance d2. There W alone learns in stage 2. Here that does not mend what projection
-    costs (docs/results.md). Its program goes through the three stages every ten epochs; we do so
-    once.
+    squared distance d2. There W alone learns in stage 2; here that would leave a quarter of what
+    projection costs (docs/results.md). Its program goes through the three stages every ten epochs;
+    we do so once.
     """
 
     rates = dict(lr=1e-3, lr_prototypes=3e-3)
