@@ -1808,7 +1808,8 @@ def test_every_image_has_its_turn_however_many_processes_share_a_batch(birds, tm
     (["--resume"], "last.pt is not there"), (["--lr", "nan"], "--lr nan: expected"),
     (["--device", "gpu"], "invalid choice"), (["--method", "vpt"], "expected ivpt, vpt-deep"),
     (["--prototype", "3"], "--help"),
-    (["--distance", "relative", "--start", "noise"], "needs --start kmeans")])
+    (["--distance", "relative", "--start", "noise"], "needs --method ivpt --start kmeans"),
+    (["--distance", "relative", "--start", "kmeans", "--method", "vpt-deep-proto"], "ivpt --start")])
 def test_bad_options_are_one_line(arguments, says, birds, tmp_path):
     with one_line((ValueError, OSError), says):
         train.train(tiny_run(birds, tmp_path / "run", *arguments))

@@ -132,9 +132,9 @@ def parse(argv=None):
         take_run_options(args, typed)
     if "auto" in args.prototypes and args.prototypes != ivpt.AUTO:
         raise ValueError("--prototypes: expected numbers, or auto alone")
-    if args.distance == "relative" and args.start == "noise":
-        raise ValueError("--distance relative needs --start kmeans, which finds the objects; "
-                         "or take --distance euclidean")
+    if args.distance == "relative" and (args.method, args.start) != ("ivpt", "kmeans"):
+        raise ValueError("--distance relative needs --method ivpt --start kmeans, which finds the "
+                         "objects; or take --distance euclidean")
     for name, value in vars(args).items():
         lowest = 1 if name in ("epochs", "batch_size", "image_size") else 0
         if isinstance(value, (int, float)) and not lowest <= value < math.inf:

@@ -232,9 +232,10 @@ class ProtoPNet(ClassPrototypes):
             self.vectors.copy_(self.add_on(self.sources))  # a loaded model reads vectors
 
     def project(self, dataset):
-        """Takes as e_p the nearest patch of the prototype's class: one can look at it.
+        """Makes e_p the patch nearest to a prototype in its class's images: one can look at it.
 
-        dataset: the training images in the test view. Without a class, or an image, e_p is 0.
+        dataset: the training images in the test view. A prototype of no class, or of one without
+        images, has e_p = 0.
         """
         self.eval()
         device = self.vectors.device

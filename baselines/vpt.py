@@ -206,11 +206,11 @@ class E2VPT(VPTDeep):
 
         attention of a head = softmax(q [k, R]^T / 8) [v, R]       R: five vectors of that head
 
-    Every block has an R, which serves as keys and as values, as in their program. After a stage
-    prompts are pruned: a mask multiplies them, a factor for each token and one for each of its 16
-    segments, the same in all blocks. The importance of a factor f, at f = 1, is E |dL/df| over the
-    training images. The least important token goes, and of all others the four least important
-    segments. Prompts and R are rewound to their first values and trained again.
+    Every block has an R, which serves as keys and as values, as in their program. After a first
+    stage prompts are pruned: a mask multiplies them, a factor for each token and one for each of
+    its 16 segments, the same in all blocks. The importance of a factor f, at f = 1, is E |dL/df|
+    over the training images. The least important token goes, and of all others the four least
+    important segments. Prompts and R are rewound to their first values and trained again.
 
     The authors search how many go, 10 to 90 %. Their stages have 100 epochs each. Our first has
     four, or half of a run below eight; a run of one epoch prunes nothing. Then our head, Adam's
