@@ -22,6 +22,7 @@ if sys.version_info < (3, 11):
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.datasets.utils import download_and_extract_archive
@@ -30,7 +31,6 @@ from torchvision.transforms.v2 import functional as T
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).reshape(3, 1, 1)
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).reshape(3, 1, 1)
-FRAME = 224  # the part metrics scale key points to this side, whatever the image size
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 CUB_MD5 = "97eceeb196236b17998738112f37df78"
 CUB_LISTS = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
@@ -270,17 +270,18 @@ class Images(torch.utils.data.Dataset):
     view: "train" is augmented; "test" is test_view; "box" is cropped to the bounding box and
     squashed to S x S, as the part metrics want it (Huang et al. 2023).
     An item: image (3, S, S) float32 normalised, label, key points (M, 3) of x, y, visible, index.
-    Key points are in pixels of the view for "test", in a frame of 224 x 224 for "box", and in
-    pixels of the file for "train", where nothing needs them.
+    Key points are in pixels of the view for "test", whole numbers in a square of side frame for
+    "box", whatever S is, and in pixels of the file for "train", where nothing needs them.
     """
 
-    def __init__(self, folder, split, view, image_size, seed=0):
+    def __init__(self, folder, split, view, image_size, seed=0, frame=224):
         if split not in ("train", "fit", "val", "test") or view not in ("train", "test", "box"):
             raise ValueError(f"Images: unknown split {split!r} or view {view!r}")
         self.folder = Path(folder)
         self.view = view
         self.image_size = image_size
         self.seed = seed
+        self.frame = frame
         self.epoch = 0  # train.py counts it up: the augmentation depends on it
 
         classes, parts, files, labels, for_training, boxes, keypoints = read_folder(self.folder)
@@ -340,7 +341,7 @@ class Images(torch.utils.data.Dataset):
             low, high = self.corners[index]
             high = np.where(np.isinf(high), image.size, high)
             high = np.maximum(high, low + 1)  # no box is empty
-            points = np.trunc(FRAME * (points - low) / (high - low))
+            points = np.trunc(self.frame * (points - low) / (high - low))
             image = image.crop((*low, *high))  # black beyond the image
             image = image.resize((S, S), Image.Resampling.BILINEAR)
         keypoints[:, :2] = torch.from_numpy(points)
@@ -377,7 +378,9 @@ def warp(images, theta):
     return unwarp(images, torch.cat((linear, shift), dim=1))
 
 
-# ---- 5. What all scripts share, and the command line ---------------------------------------------
+# ---- 5. What all scripts share: errors, printing, files, devices, processes ----------------------
+# A function raises ValueError or OSError with one line: what was found, what was expected, what to
+# do. run_script prints that line.
 def one_line_parser(**kwargs):
     """An argparse.ArgumentParser that raises ValueError for a wrong option."""
     def error(message):
@@ -419,7 +422,7 @@ def run_script(main):
 
 
 def say(text):
-    """Print at once. A reader that has left, as in `| head`, does not end a run."""
+    """Print at once. A closed pipe, as behind `| head`, does not end a run."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -432,6 +435,40 @@ def say_once(text):
         say(text)
 
 
+def save(path, content):
+    """Write a text or a torch object beside path, then move it there: path is always whole."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".part")
+    if isinstance(content, str):
+        temporary.write_text(content, encoding="utf-8")
+    else:
+        torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def local_device(kind):
+    """This process's device: the CPU, or under torchrun a GPU of its own. kind: cpu or cuda."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(f"device cuda: {torch.cuda.device_count()} GPUs found; take the CPU, "
+                         "or start fewer processes")
+    return torch.device("cuda", local_rank)
+
+
+def start_processes(device):
+    """Joins the processes that torchrun started -> (rank, world); one alone is rank 0 of 1."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return int(os.environ.get("RANK", 0)), world
+
+
+# ---- 6. The command line -------------------------------------------------------------------------
+
 def main():
     parser = one_line_parser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="toy", help="toy, cub or a folder")
@@ -440,7 +477,7 @@ def main():
     folder = find(args.data, args.data_root)
     print(folder)
     for split in ("train", "test"):
-        images = Images(folder, split, "test", FRAME)
+        images = Images(folder, split, "test", 224)
         num_classes = len(images.labels.unique())
         num_boxes = int(images.boxes[:, 2].isfinite().sum())
         print(f"{split}: {len(images)} images of {num_classes} classes, {num_boxes} with a box")

@@ -24,13 +24,11 @@ from tqdm import tqdm
 import data
 import model as ivpt
 
-FRAME = data.FRAME  # side of the frame in which peaks and key points are compared, pixels
+FRAME = 224         # peaks and key points are compared in a square of this side, pixels
 HALF_SIZE = 36      # the region around a peak reaches this far to every side
 THRESHOLD = 0.8     # share of images in which a consistent prototype hits its part
 NOISE_STD, NOISE_CLIP = 0.2, 0.25  # of the noise on the normalised image
 RANDOM_DRAWS = 10   # the random control is a mean over these
-METHOD = ("method", "recipe", "bias", "fusion", "tune", "start", "distance", "votes",
-          "no_bias", "no_regions", "no_cross_layer", "no_fusion")  # options that name the method
 PART_METRICS = ("consistency", "stability", "constant_location", "over_constant",
                 "random_location", "comprehensiveness", "parts_hit")  # None without key points
 
@@ -129,7 +127,7 @@ class Views(Dataset):
 
     def __init__(self, folder, split, image_size, seed, grid):
         self.test = data.Images(folder, split, "test", image_size)
-        self.box = data.Images(folder, split, "box", image_size)
+        self.box = data.Images(folder, split, "box", image_size, frame=FRAME)
         self.image_size, self.seed, self.grid = image_size, seed, grid
 
     def __len__(self):
@@ -315,8 +313,8 @@ def layer_metrics(layer, keypoints, labels, owners, parts, seed):
 def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, seed=0, split="test",
              recipe=None, gallery=None):
     """Accuracy, and the metrics of every concept layer -> dict, as in metrics.json.
-    folder, split: what data.Images reads. amp: bf16 autocast. recipe: a dict that names the
-    method in the protocol. gallery: explore.gallery.Gallery, which is shown every batch.
+    folder, split: what data.Images reads. amp: bf16 autocast. recipe: see recipe_of, for the
+    protocol. gallery: explore.gallery.Gallery, which is shown every batch.
     Puts the model into eval mode. Raises ValueError where its output is not finite."""
     views = Views(folder, split, image_size, seed, model.grid)
     labels, parts = views.test.labels, views.test.parts
@@ -342,6 +340,14 @@ def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, see
         unavailable = "No consistency, no stability: the data has no key points (parts/parts.txt)."
     return dict(accuracy=100 * totals["correct"].item() / len(views), headline=headline,
                 layers=layers, unavailable=unavailable, protocol=protocol)
+
+
+def recipe_of(options):
+    """What metrics.json says of a run: its method and that method's options (options: a dict)."""
+    recipe = {name: options.get(name) for name in ("method", *ivpt.IVPT.accepts)}
+    if recipe["prototypes"] is not None:
+        recipe["prototypes"] = list(recipe["prototypes"])  # JSON has no tuples
+    return recipe
 
 
 ROWS = (  # of the table: name in metrics.json, meaning; percent, if nothing else is said
@@ -379,31 +385,10 @@ def table(metrics):
 
 
 # ---- 5. The command line -----------------------------------------------------------------------
-def local_device(kind):
-    """This process's device under torchrun: the CPU, or a GPU of its own. kind: cpu or cuda."""
-    if kind == "cpu":
-        return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if local_rank >= torch.cuda.device_count():
-        raise ValueError(f"device cuda: {torch.cuda.device_count()} GPUs found; take the CPU, "
-                         "or start fewer processes")
-    return torch.device("cuda", local_rank)
-
-
-def start_processes(device):
-    """Joins the processes that torchrun started -> (rank, world); one alone is rank 0 of 1."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return int(os.environ.get("RANK", 0)), world
-
-
-def load_run(ckpt, weights=None):
+def load_run(ckpt):
     """A run's checkpoint -> (model in eval mode on this process's device, checkpoint dict)."""
-    model, checkpoint = ivpt.load_checkpoint(ckpt, weights)
-    device = local_device("cuda" if torch.cuda.is_available() else "cpu")
+    model, checkpoint = ivpt.load_checkpoint(ckpt)
+    device = data.local_device("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device), checkpoint
 
 
@@ -416,7 +401,7 @@ def load_images(checkpoint, name=None, root=None, split="test"):
     folder = data.find(name, root)
     images = data.Images(folder, split, "test", options["image_size"])
     if images.classes != checkpoint["classes"]:
-        raise ValueError(f"{folder}: found {len(images.classes)} classes, expected the "
+        raise ValueError(f"{folder}: its {len(images.classes)} classes are not the "
                          f"{len(checkpoint['classes'])} of training; name its data by --data")
     return images
 
@@ -429,7 +414,6 @@ def parse(argv):
     add("--visualize", metavar="DIR", help="write a gallery of every concept: DIR/index.html")
     add("--image", metavar="FILE", nargs="+", help="explain these images or folders instead")
     add("--split", choices=("test", "val"), default="test", help="val: every fourth training image")
-    add("--weights", help="the backbone's file, where it is not where training found it")
     add("--data", help="toy, cub or a folder; default: as in training")
     add("--data-root", help="folder of the data; default: as in training")
     add("--batch-size", type=int, default=32, help="images a forward; changes no number")
@@ -444,7 +428,7 @@ def main(argv=None):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (args.visualize or args.image):
         raise ValueError("--visualize, --image: one process draws; start this without torchrun")
     run = Path(args.ckpt).parent
-    model, checkpoint = load_run(args.ckpt, args.weights)
+    model, checkpoint = load_run(args.ckpt)
     options = checkpoint["options"]
     amp = options["amp"] if args.amp is None else args.amp
     seed = options["seed"] if args.seed is None else args.seed
@@ -457,16 +441,15 @@ def main(argv=None):
     if args.visualize:
         from explore.gallery import Gallery
         gallery = Gallery(model, images)
-    rank, world = start_processes(next(model.parameters()).device)
-    recipe = {name: options.get(name) for name in METHOD}
+    rank, world = data.start_processes(next(model.parameters()).device)
     metrics = evaluate(model, images.folder, options["image_size"], args.batch_size, args.workers,
-                       amp, seed, args.split, recipe, gallery)
+                       amp, seed, args.split, recipe_of(options), gallery)
     if world > 1:
         dist.destroy_process_group()
     if rank > 0:
         return
     name = "metrics.json" if args.split == "test" else "metrics_val.json"
-    ivpt.save(run / name, json.dumps(metrics, indent=1) + "\n")
+    data.save(run / name, json.dumps(metrics, indent=1) + "\n")
     data.say(table(metrics))
     if gallery:
         gallery.write(Path(args.visualize), metrics, run / "log.jsonl")

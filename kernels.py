@@ -3,7 +3,7 @@
 The heart of IVPT (Interpretable Visual Prompt Tuning, ICLR 2026, arXiv 2503.06084): concept region
 discovery, its spatial bias and intra-region feature aggregation.
 
-    python kernels.py                 # the benchmark
+    python explore/bench.py --kernel  # the benchmark
     python -m pytest -k kernels       # the specification, errors included; needs no GPU
 
 THE MATHS. x (B, N, D) patches, q (K, D) prototypes, b (K, N) spatial bias, eps the smoothing.
@@ -42,11 +42,11 @@ except ImportError:  # no Triton for macOS and Windows: the reference serves
 
 
 # --- 1. The reference: plain PyTorch, the CPU path and the oracle of the tests --------------------
-def _attend(x, q, b, after, smoothing):
+def _attend(x, q, b, bias_after_softmax, smoothing):
     """The maths up to a: s, v and a, each (B, N, K)."""
     logits = F.linear(x, 2 * q, -q.square().sum(1))
-    s = (logits if after else logits + b.T).softmax(-1)
-    v = s + b.T if after else s
+    s = (logits if bias_after_softmax else logits + b.T).softmax(-1)
+    v = s + b.T if bias_after_softmax else s
     a = torch.where(v < 0, 0, v)  # clamp would stop the gradient of an exact 0
     if smoothing > 0:
         a = a + smoothing
@@ -54,8 +54,10 @@ def _attend(x, q, b, after, smoothing):
     return s, v, a
 
 def _won(attention):
-    """(B, N, K) bool: the first of the largest. Not argmax: torch.compile can return wrong indices
-    for sums of transposed tensors (pytorch issue 178964)."""
+    """(B, N, K) bool: which concept each patch belongs to, the first of those of largest share.
+
+    Not by argmax: of transposed tensors torch.compile's can be wrong (pytorch issue 178964).
+    """
     largest = attention == attention.amax(-1, keepdim=True)
     return largest & (largest.cumsum(-1) == 1)
 
@@ -101,15 +103,15 @@ def _store(ptr, tile, rows, columns, num_rows, num_columns):
     tl.store(ptr + offsets, tile, inside)
 
 @jit
-def _shares(products, norms_ptr, bias, k, K, AFTER):
+def _shares(products, norms_ptr, bias, k, K, BIAS_AFTER_SOFTMAX):
     """s and v, (BLOCK_K, BLOCK_N), from products = 2 q x^T and |q_k|^2."""
     norms = tl.load(norms_ptr + k, k < K, other=float("inf"))
     logits = products - norms[:, None]
-    if not AFTER:
+    if not BIAS_AFTER_SOFTMAX:
         logits += bias
     exponential = tl.exp(logits - tl.max(logits, 0, keep_dims=True))
     s = exponential / tl.sum(exponential, 0, keep_dims=True)
-    v = s + bias if AFTER else s
+    v = s + bias if BIAS_AFTER_SOFTMAX else s
     return s, v
 
 @jit
@@ -122,8 +124,8 @@ def _winners(attention, k, n, N):
 def _forward_kernel(
         x_ptr, q_ptr, norms_ptr, bias_ptr,  # (B, N, D), (K, D) like x, |q_k|^2 (K,) fp32, (K, N)
         attention_ptr, part_ptr, part_mass_ptr,  # out (B, K, N), (B, blocks, K, D), (B, blocks, K)
-        N, K, AFTER: tl.constexpr, SMOOTHING: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
-        BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+        N, K, BIAS_AFTER_SOFTMAX: tl.constexpr, SMOOTHING: tl.constexpr, D: tl.constexpr,
+        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
     image = tl.program_id(0).to(tl.int64)  # a batch can pass 2^31 elements
     block = tl.program_id(1)
     k = tl.arange(0, BLOCK_K)
@@ -141,7 +143,7 @@ def _forward_kernel(
         # a dot that goes on adding to products is less exact, one long sum over D.
         products += 2 * tl.dot(q, tl.trans(x), input_precision="ieee")
     bias = _load(bias_ptr, k, n, K, N).to(tl.float32)
-    _, v = _shares(products, norms_ptr, bias, k, K, AFTER)
+    _, v = _shares(products, norms_ptr, bias, k, K, BIAS_AFTER_SOFTMAX)
     attention = tl.maximum(v, 0.0)
     if SMOOTHING > 0:
         total = tl.sum(attention, 0, keep_dims=True) + K * SMOOTHING
@@ -197,7 +199,7 @@ def _pool_kernel(
 # From x.q to s is a handful of operations per map entry. So s is not stored but computed again,
 # from the x that dq needs anyway; only the forward's three outputs are kept.
 def backward_reference(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
-                       after, smoothing, detach_maps, needed):
+                       bias_after_softmax, smoothing, detach_maps, needed):
     """The derivation line by line, maps (B, N, K) -> dx (B, N, D), dq (K, D), db (K, N).
     dA, dP, dm may be None; needed, three bools: the gradients not needed come back empty."""
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -207,7 +209,7 @@ def backward_reference(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
     with torch.autocast(x.device.type, enabled=False):
         e, q, dP = x.to(dtype), prototypes.to(dtype), dP.to(dtype)
         a = attention.mT
-        s, v, _ = _attend(e, q, bias.to(dtype), after, smoothing)
+        s, v, _ = _attend(e, q, bias.to(dtype), bias_after_softmax, smoothing)
         won = _won(a)
         inverse = torch.where(mass > 0, 1 / mass, 0)[:, None]  # (B, 1, K)
         dP_p = (dP * pooled).sum(-1)[:, None]
@@ -221,7 +223,7 @@ def backward_reference(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
         dl = s * (h - (h * s).sum(-1, keepdim=True))
         products = dl.flatten(0, 1).T @ e.flatten(0, 1)
         dq = 2 * (products - q * dl.sum((0, 1))[:, None])
-        db = (h if after else dl).sum(0).T
+        db = (h if bias_after_softmax else dl).sum(0).T
         dx = (won * a * inverse) @ dP
         if not detach_maps:
             dx = dx + 2 * dl @ q
@@ -231,15 +233,15 @@ def backward_reference(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
 # --- 4. The backward in Triton --------------------------------------------------------------------
 # The forward's shape again: one walk for x.q and x.dP, a few maps, then one walk for dq and dx.
 # What all patches of an image share comes ready: 1 / m_k, and c_k = dm_k - dP_k.p_k / m_k, so that
-# dr_k(n) = x_n.dP_k / m_k + c_k. A pointer that is None leaves its code out: a gradient that nobody
-# wants, or one that is zero. In a prompted layer x and pooled are detached, so both occur.
+# dr_k(n) = x_n.dP_k / m_k + c_k. A pointer that is None leaves its code out: an unneeded
+# gradient, or one that is zero. In a prompted layer x and pooled are detached, so both occur.
 @jit
 def _backward_kernel(
         x_ptr, q_ptr, norms_ptr, bias_ptr, attention_ptr,  # as in the forward
         dA_ptr, dP_ptr, inverse_ptr, c_ptr,  # dA (B, K, N), dP (B, K, D) like x, 1 / m and c (B, K)
         dx_ptr, part_ptr, db_ptr,  # out (B, N, D) like x, dq (B, blocks, K, D), db (B, K, N)
-        N, K, AFTER: tl.constexpr, SMOOTHING: tl.constexpr, DETACH: tl.constexpr, D: tl.constexpr,
-        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+        N, K, BIAS_AFTER_SOFTMAX: tl.constexpr, SMOOTHING: tl.constexpr, DETACH: tl.constexpr,
+        D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
     image = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     k = tl.arange(0, BLOCK_K)
@@ -271,7 +273,7 @@ def _backward_kernel(
         da += _load(dA_ptr + image * K * N, k, n, K, N)
 
     bias = _load(bias_ptr, k, n, K, N).to(tl.float32)
-    s, v = _shares(products, norms_ptr, bias, k, K, AFTER)
+    s, v = _shares(products, norms_ptr, bias, k, K, BIAS_AFTER_SOFTMAX)
     du = da
     if SMOOTHING > 0:
         Z = tl.sum(tl.maximum(v, 0.0), 0, keep_dims=True) + K * SMOOTHING
@@ -279,7 +281,7 @@ def _backward_kernel(
     h = tl.where(v < 0, 0.0, du)
     dl = s * (h - tl.sum(h * s, 0, keep_dims=True))
     if db_ptr is not None:
-        _store(db_ptr + image * K * N, h if AFTER else dl, k, n, K, N)
+        _store(db_ptr + image * K * N, h if BIAS_AFTER_SOFTMAX else dl, k, n, K, N)
 
     dl2 = (2 * dl).to(dtype)
     sum_dl2 = tl.sum(dl2.to(tl.float32), 1)[:, None]  # of what the dot for dq sums, rounded alike
@@ -319,7 +321,7 @@ def _prepare(x, prototypes, bias, sizes):
     grid = B, triton.cdiv(N, sizes["BLOCK_N"])
     return grid, inputs, dict(sizes, D=D, BLOCK_K=BLOCK_K)
 
-def launch_forward(x, prototypes, bias, after, smoothing):
+def launch_forward(x, prototypes, bias, bias_after_softmax, smoothing):
     """The reference's results, by the kernel. Inputs may have any strides."""
     (B, N, D), K = x.shape, len(prototypes)
     grid, inputs, constants = _prepare(x, prototypes, bias, FORWARD)
@@ -328,7 +330,8 @@ def launch_forward(x, prototypes, bias, after, smoothing):
     part = x.new_empty((B, blocks, K, D), dtype=torch.float32)
     part_mass = x.new_empty((B, blocks, K), dtype=torch.float32)
     wrap_triton(_forward_kernel)[grid](
-        *inputs, attention, part, part_mass, N, K, AFTER=after, SMOOTHING=smoothing, **constants)
+        *inputs, attention, part, part_mass, N, K,
+        BIAS_AFTER_SOFTMAX=bias_after_softmax, SMOOTHING=smoothing, **constants)
     pooled = x.new_empty((B, K, D))
     mass = x.new_empty((B, K), dtype=torch.float32)
     wrap_triton(_pool_kernel)[B * K, triton.cdiv(D, 256)](
@@ -337,7 +340,7 @@ def launch_forward(x, prototypes, bias, after, smoothing):
     return attention, pooled, mass
 
 def launch_backward(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
-                    after, smoothing, detach_maps, needed):
+                    bias_after_softmax, smoothing, detach_maps, needed):
     """The results of backward_reference, by the kernel."""
     want_x, want_q, want_b = needed
     (B, N, D), K = x.shape, len(prototypes)
@@ -353,7 +356,7 @@ def launch_backward(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
     db = torch.empty_like(attention) if want_b else None
     wrap_triton(_backward_kernel)[grid](
         *inputs, attention, dA, dP, inverse, c, dx, part, db, N, K,
-        AFTER=after, SMOOTHING=smoothing, DETACH=detach_maps, **constants)
+        BIAS_AFTER_SOFTMAX=bias_after_softmax, SMOOTHING=smoothing, DETACH=detach_maps, **constants)
     dx = dx if want_x else x.new_empty(0)
     dq = part.sum((0, 1)).to(prototypes.dtype) if want_q else x.new_empty(0)
     db = db.sum(0).to(bias.dtype) if want_b else x.new_empty(0)
@@ -367,22 +370,23 @@ def _fused(x):
     return triton is not None and x.is_cuda and x.numel() > 0 and x.dtype in kinds
 
 @triton_op("ivpt::prototype_attention", mutates_args=())  # the annotations are the op's schema
-def _op(x: Tensor, prototypes: Tensor, bias: Tensor, after: bool, smoothing: float,
+def _op(x: Tensor, prototypes: Tensor, bias: Tensor, bias_after_softmax: bool, smoothing: float,
         detach_maps: bool) -> tuple[Tensor, Tensor, Tensor]:  # detach_maps is for the backward
     if _fused(x):
-        return launch_forward(x, prototypes, bias, after, smoothing)
-    return prototype_attention_reference(x, prototypes, bias, after, smoothing=smoothing)
+        return launch_forward(x, prototypes, bias, bias_after_softmax, smoothing)
+    return prototype_attention_reference(x, prototypes, bias, bias_after_softmax,
+                                         smoothing=smoothing)
 
 @triton_op("ivpt::prototype_attention_backward", mutates_args=())
 def _backward_op(
         dA: Tensor | None, dP: Tensor | None, dm: Tensor | None,
         x: Tensor, prototypes: Tensor, bias: Tensor,
         attention: Tensor, pooled: Tensor, mass: Tensor,
-        after: bool, smoothing: float, detach_maps: bool,
+        bias_after_softmax: bool, smoothing: float, detach_maps: bool,
         needed: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     backward = launch_backward if _fused(x) else backward_reference
     return backward(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
-                    after, smoothing, detach_maps, needed)
+                    bias_after_softmax, smoothing, detach_maps, needed)
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # an output that has no gradient gives None
@@ -415,99 +419,3 @@ def prototype_attention(x, prototypes, bias, bias_after_softmax=True, *,
     if x.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
         x = x.to(torch.get_autocast_dtype("cuda"))
     return _op(x, prototypes, bias, bias_after_softmax, float(smoothing), detach_maps)
-
-# --- 7. The benchmark: fp32 and bf16 on a GPU; fp32, one thread and one image on a CPU ------------
-ON_GPU = triton is not None and torch.cuda.is_available()
-SHAPES = (
-    (32, 1369, 768, 17),  # B, N, D, K; ViT-B/14 at 518 pixels
-    (32, 256, 384, 17),  # ViT-S/14 at 224
-    (8, 1369, 1024, 17),  # ViT-L/14 at 518
-    (16, 196, 192, 5))  # ViT-Tiny/16 at 224
-
-def regions(x, prototypes, bias):
-    """a (B, N, K), r (B, N, K), m (B, K), and the divisor of the pooled features (B, K, 1)."""
-    logits = F.linear(x, 2 * prototypes, -prototypes.square().sum(1))
-    attention = (logits.float().softmax(-1) + bias.T).clamp(min=0)
-    region = torch.where(_won(attention), attention, 0)
-    mass = region.sum(1)
-    divisor = torch.where(mass > 0, mass, 1).to(x.dtype)
-    return attention, region, mass, divisor[..., None]
-
-def two_reads(x, prototypes, bias):
-    """The honest rival: two matmuls in the dtype of x, each of which reads x from memory."""
-    attention, region, mass, divisor = regions(x, prototypes, bias)
-    sums = region.to(x.dtype).mT @ x
-    return attention.mT, sums / divisor, mass
-
-def product(x, prototypes, bias):
-    """As the equation is often written down: every r_k(n) x_n in memory, a tensor (B, N, K, D)."""
-    attention, region, mass, divisor = regions(x, prototypes, bias)
-    sums = (region[..., None] * x[:, :, None]).sum(1).to(x.dtype)
-    return attention.mT, sums / divisor, mass
-
-def call(form, inputs, backward):
-    """The outputs of form, or the gradients of half the sum of their squares."""
-    inputs = [t.detach().requires_grad_(backward) for t in inputs]  # a leaf remembers its stream
-    outputs = form(*inputs)
-    return torch.autograd.grad(outputs, inputs, outputs) if backward else outputs
-
-def seconds(run):
-    """The median time: of the GPU with x out of the cache, of the wall on a CPU."""
-    if not ON_GPU:
-        from torch.utils.benchmark import Timer
-        return Timer("run()", globals=dict(run=run)).blocked_autorange().median
-    run()  # compiles
-    graph = torch.cuda.CUDAGraph()  # a replay does not wait for Python
-    with torch.cuda.graph(graph):
-        run()
-    return triton.testing.do_bench(graph.replay, return_mode="median") / 1e3
-
-def peak_mib(run):
-    """What a run allocates at its peak beside its inputs, in MiB; nan on a CPU."""
-    if not ON_GPU:
-        return float("nan")
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-
-def benchmark(B, N, D, K, device, dtype):
-    """Prints a line for each form. GB/s: as if x was read once and nothing else was moved. With
-    gradients x is read twice at least and dx is written: a third of a copy is their limit where x
-    is larger than the cache."""
-    x = torch.randn(B, N, D)
-    prototypes = 0.3 * torch.randn(K, D)
-    bias = torch.zeros(K, N)
-    inputs = [t.to(device, dtype) for t in (x, prototypes, bias)]
-    x = inputs[0]
-    copy_rate = 2 * x.nbytes / seconds(x.clone) / 1e9  # a copy reads and writes
-    print(f"B {B}, N {N}, D {D}, K {K}, {dtype}; "
-          f"a copy of x: {copy_rate:.1f} GB/s")
-    forms = dict(ours=prototype_attention, two_reads=two_reads, product=product)
-    if ON_GPU:
-        torch.compiler.reset()  # else later shapes are compiled for all sizes, or not at all
-        forms["compiled"] = torch.compile(two_reads, dynamic=False)
-    for name, form in forms.items():
-        for kind in "fwd", "fwd+bwd":
-            run = lambda: call(form, inputs, kind == "fwd+bwd")
-            time = seconds(run)
-            rate = x.nbytes / time / 1e9
-            share = 100 * rate / copy_rate
-            peak = peak_mib(run)
-            line = f"  {name:10}{kind:8}{1e6 * time:8.0f} us"
-            line += f"{rate:8.1f} GB/s{share:6.0f} % of a copy"
-            print(line + f"{peak:8.0f} MiB")
-
-def main():
-    if not ON_GPU:
-        print(f"torch {torch.__version__}, CPU")
-        for _, N, D, K in SHAPES:
-            benchmark(1, N, D, K, "cpu", torch.float32)
-        return
-    print(f"torch {torch.__version__}, triton {triton.__version__}, {torch.cuda.get_device_name()}")
-    for shape in SHAPES:
-        for dtype in (torch.float32, torch.bfloat16):
-            benchmark(*shape, "cuda", dtype)
-
-if __name__ == "__main__":
-    main()

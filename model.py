@@ -10,15 +10,12 @@ Letters in shapes, the same in every file:
 
     B images   T tokens   N = h*w patches   D width   K prototypes of a layer, background last
     G coarse concepts = K of the last layer - 1   C classes   M parts   S image side in pixels
+
+sg(x), the stop-gradient, is x.detach(): the value of x, through which no gradient flows back.
 """
 import argparse
-import hashlib
 import math
-import os
-import pickle
 import re
-import struct
-from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,12 +33,9 @@ ARCHITECTURES = {
     "vitl14": dict(width=1024, depth=24, patch_size=14, pos_grid=37),
     "vitg14": dict(width=1536, depth=40, patch_size=14, pos_grid=37, swiglu=4096),
 }
-for name, vit in list(ARCHITECTURES.items()):
-    ARCHITECTURES[f"{name}_reg4"] = dict(vit, registers=4)
-ARCHITECTURES["toy"] = dict(width=128, depth=6, patch_size=8, pos_grid=14)  # train.py pretrains it
+ARCHITECTURES |= {f"{name}_reg4": dict(vit, registers=4) for name, vit in ARCHITECTURES.items()}
 
 PROTOTYPES = (17, 14, 11, 8, 5)  # of each concept layer, as in the paper
-AUTO = ("auto",)  # in their place, until count_prototypes has seen the data
 SMOOTHING = 1e-6  # a <- (a + 1e-6) / sum_k (a + 1e-6), so that logarithms stay finite
 
 
@@ -69,7 +63,7 @@ class Attention(nn.Module):
     def forward(self, x, prompts=None):
         """x (B, T, D) attends to itself and to the prompts (B, G, D)."""
         q, k, v = self.heads_of(x)
-        if prompts is not None:  # nobody reads what becomes of them, so they need no queries
+        if prompts is not None:  # prompts are keys and values; their own queries are dropped
             _, prompt_k, prompt_v = self.heads_of(prompts)
             k = torch.cat([k, prompt_k], dim=2)  # (B, heads, T + G, 64)
             v = torch.cat([v, prompt_v], dim=2)
@@ -78,7 +72,8 @@ class Attention(nn.Module):
     def attend(self, q, k, v):
         """Queries (B, heads, T, 64) read the values of J tokens by their keys -> (B, T, D)."""
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # there the fused call is slower
-            y = (q * 0.125 @ k.transpose(2, 3)).softmax(-1) @ v
+            scale = q.shape[-1] ** -0.5
+            y = (q * scale @ k.transpose(2, 3)).softmax(-1) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v)
         return self.proj(y.transpose(1, 2).flatten(2))
@@ -117,7 +112,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Prompts (B, G, D) are tokens of this block alone: the others attend to them, no more."""
+    """Prompts (B, G, D) are tokens of this block alone: the others attend to them, nothing else."""
 
     def __init__(self, width, swiglu=0):
         super().__init__()
@@ -145,7 +140,7 @@ class PatchEmbed(nn.Module):
 
 
 def patch_grid(image_size, patch_size):
-    """A side or (height, width) in pixels -> patches (h, w). ValueError if they do not fit."""
+    """A side or (height, width) in pixels -> patches (h, w)."""
     H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
     if H % patch_size or W % patch_size or min(H, W) < patch_size:
         raise ValueError(f"image size {H} x {W}: expected sides divisible by the patch of "
@@ -167,8 +162,6 @@ class VisionTransformer(nn.Module):
         self.prefix = 1 + registers  # tokens before the patches
         self.image_size = image_size or pos_grid * patch_size
         self.grid = patch_grid(self.image_size, patch_size)  # (h, w)
-        self.has_file = False  # load_backbone sets it; checkpoints hold a backbone without a file
-
         self.patch_embed = PatchEmbed(width, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + pos_grid ** 2, width))
@@ -217,61 +210,63 @@ class VisionTransformer(nn.Module):
             tokens = block(tokens)
         return self.norm(tokens)
 
+    def normed_patches(self, tokens):
+        """Tokens (B, T, D) of any block -> its patches (B, N, D) after the ViT's last norm."""
+        return self.norm(tokens[:, self.prefix:])
+
+    def last_patches(self, images, num_layers):
+        """images -> normed patches (B, N, D) before each of the last num_layers - 1 blocks, and
+        after the last: what the concept layers of IVPT meet where nothing prompts."""
+        layers = []
+        tokens = self.embed(images)
+        first = len(self.blocks) - num_layers + 1
+        for i, block in enumerate(self.blocks):
+            if i >= first:
+                layers.append(self.normed_patches(tokens))
+            tokens = block(tokens)
+        return [*layers, self.normed_patches(tokens)]
+
 
 # ---------------------------------------------------------------- weights
 URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{folder}/dinov2_{name}_pretrain.pth"
-# What torch.load raises for a file that is cut short, altered or of another kind.
-DAMAGE = (pickle.UnpicklingError, struct.error, EOFError, OSError, RuntimeError, ValueError,
-          LookupError, AssertionError)
-# Regular expressions for parts of the names in other files, and what Meta calls them.
-META_NAMES = {
-    "reg_token$": "register_tokens",  # timm
-    "patch_embeddings.projection": "patch_embed.proj",  # from here on Hugging Face
-    "position_embeddings": "pos_embed",
-    "embeddings[.]": "",
-    "encoder.layer.": "blocks.",
-    "attention.attention.": "attn.",
-    "attention.output.dense": "attn.proj",
-    "layer_scale(.).lambda1": r"ls\1.gamma",
-    "mlp.weights_in": "mlp.w12",
-    "mlp.weights_out": "mlp.w3",
-    "layernorm": "norm",  # up to here
-    r"blocks\.\d+\.(?=\d)": "blocks.",  # Meta's training: blocks in chunks
-    r"^((module|model|backbone|teacher|dinov2|dinov2_with_registers)\.)+": "",  # wrappers
-}
-# A ViT without heads. storage_tokens are DINOv3's.
-META_PARTS = {"cls_token", "mask_token", "register_tokens", "storage_tokens", "pos_embed",
-              "patch_embed", "blocks", "norm"}
+METAS_PARTS = {"cls_token", "pos_embed", "mask_token", "register_tokens", "patch_embed", "blocks",
+               "norm"}
 ABSENT = torch.empty(0, 0)  # stands for a weight that a file lacks
 
 
 def load_backbone(name_or_path, image_size=None):
-    """A VisionTransformer with its weights, in fp32 and eval mode. "toy" is new, to be trained.
+    """A VisionTransformer with its weights, in fp32 and eval mode.
 
     name_or_path: a name of ARCHITECTURES or torch.hub ("dinov2_vits14_reg"), downloaded once into
-        torch.hub's cache, or a file: a state dict or training checkpoint of DINOv2, DINO v1, timm
-        or Hugging Face's Dinov2, whose architecture is read off its shapes (heads: D / 64).
+        torch.hub's cache; or a file, whose architecture is read off its shapes (heads: D / 64);
+        or "toy", a small new ViT, which train.py pretrains.
     image_size: see VisionTransformer; default: that of the position embedding, 518 for DINOv2.
     Raises ValueError or OSError, one line, where there is no such file or it does not fit.
     """
     name = backbone_name(name_or_path)
     path = Path(name_or_path).expanduser()
     if name == "toy":
-        return VisionTransformer(**ARCHITECTURES["toy"], image_size=image_size)
+        from prepare.toy_vit import new_backbone
+        return new_backbone(image_size)
     if name in ARCHITECTURES:
-        patch_grid(image_size or 518, 14)  # a wrong size is said before 350 MB are fetched
         state = download_weights(name)
     elif path.is_file():
         state = read_file(path, "weights")
     else:
         names = ", ".join(ARCHITECTURES)
         raise FileNotFoundError(f"--weights {path}: no such file, and not one of {names}")
-    state = meta_names(state, path)
-    with torch.device("meta"):  # without memory of its own: it takes over the file's tensors
-        backbone = VisionTransformer(**read_architecture(state), image_size=image_size)
-    load_state(backbone, state, f"weights {path}", assign=True)
-    backbone.has_file = True
-    return backbone.float().eval()
+    if not in_metas_names(state):
+        from prepare.weights import to_metas_names
+        state = to_metas_names(state, path)
+    return assemble_backbone(state, image_size, f"weights {path}").float().eval()
+
+
+def in_metas_names(state):
+    """Whether a file holds a ViT as Meta writes it: no other source has these parts alone."""
+    if not isinstance(state, dict):
+        return False
+    parts = {str(name).split(".")[0] for name in state}
+    return parts | {"register_tokens"} == METAS_PARTS and "blocks.0.ls1.gamma" in state
 
 
 def backbone_name(name):
@@ -282,83 +277,42 @@ def backbone_name(name):
 def download_weights(name):
     """Meta's state dict of a named backbone (Apache-2.0), from torch.hub's cache or the network."""
     url = URL.format(folder=name.removesuffix("_reg4"), name=name)
-    file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     try:
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(file))
-        return read_file(file, "weights")
-    except (OSError, HTTPException, ValueError) as error:
-        if isinstance(error, ValueError):  # half a file, or a login page: the next try fetches it
-            file.unlink(missing_ok=True)
-        raise OSError(f"weights {name}: could not fetch {url} ({error}); try again, "
-                      f"put it at {file}, or name a local file by --weights") from None
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+    except Exception as error:  # no network, a login page instead of the file, a full disk
+        file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise OSError(f"weights {name}: could not fetch or read {url} ({reason}); remove {file} if "
+                      "it is there and try again, or name a local file by --weights") from None
 
 
 def read_file(path, what):
-    """Tensors and plain values, never code. Raises ValueError, OSError or MemoryError, one line."""
+    """Tensors and plain values, never code. Raises ValueError or OSError, one line."""
     path = Path(path).expanduser()
     if path.suffix == ".safetensors":
+        from prepare.weights import read_safetensors
         return read_safetensors(path, what)
     # Training checkpoints hold their options, often as a Namespace.
     with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
-        except DAMAGE as error:
-            if "allocate" in str(error):  # torch says so by a RuntimeError
-                raise MemoryError(f"{what} {path}: too little memory to read it") from None
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged file makes torch raise any of ten kinds
+            reason = f"{type(error).__name__} {error}".split("\n")[0][:100]
             raise ValueError(f"{what} {path}: damaged, or not a torch file of tensors "
-                             f"({type(error).__name__}); fetch or write it again") from None
+                             f"({reason}); fetch or write it again") from None
 
 
-def read_safetensors(path, what):
-    try:
-        import safetensors.torch
-    except ModuleNotFoundError:
-        raise ValueError(f"{what} {path}: the package safetensors is missing; "
-                         "pip install safetensors, or take a .pth file") from None
-    try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{what} {path}: damaged ({error}); fetch it again") from None
+def assemble_backbone(state, image_size, source):
+    """The VisionTransformer of a state dict in Meta's names. source: where it is from, for errors.
 
-
-def meta_names(content, path):
-    """What a file of weights holds -> the state dict of its ViT in Meta's names, without heads."""
-    if not isinstance(content, dict):
-        content = {}
-    for part in ("model", "state_dict", "teacher", "student"):  # of a training checkpoint
-        if isinstance(content.get(part), dict):
-            content = content[part]
-    state = {}
-    for key, x in content.items():
-        name = str(key)
-        for pattern, meta_name in META_NAMES.items():
-            name = re.sub(pattern, meta_name, name)
-        if name.split(".")[0] in META_PARTS:
-            state[name] = x
-    needed = {"cls_token", "pos_embed", "patch_embed.proj.weight"}
-    if not needed <= state.keys() or "storage_tokens" in state:
-        raise ValueError(f"weights {path}: not a ViT's state dict with learned positions; "
-                         "take one of DINOv2's (DINOv3 is not supported)")
-
-    for query in [name for name in state if ".attn.query." in name]:
-        qkv = [query.replace("query", part) for part in ("query", "key", "value")]
-        qkv = [state.pop(name) for name in qkv if name in state]
-        state[query.replace("query", "qkv")] = torch.cat(qkv)
-    fc1 = state.get("blocks.0.mlp.fc1.weight", ABSENT)
-    fc2 = state.get("blocks.0.mlp.fc2.weight", ABSENT)
-    if len(fc1) == 2 * fc2.shape[1]:  # timm's name of a SwiGLU
-        state = {name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): x
-                 for name, x in state.items()}
-    _, num_positions, width = state["pos_embed"].shape
-    if math.isqrt(num_positions) ** 2 == num_positions:  # timm adds that of cls to cls_token
-        state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
-    state.setdefault("mask_token", torch.zeros(1, width))
-    if "blocks.0.ls1.gamma" not in state:  # DINO v1 and supervised ViTs: nothing is scaled
-        for name in [name for name in state if re.search(r"norm[12]\.weight", name)]:
-            state[name.replace("norm", "ls").replace("weight", "gamma")] = torch.ones(width)
-    return state
+    It is built without memory of its own and takes over the tensors of the state dict.
+    """
+    with torch.device("meta"):
+        backbone = VisionTransformer(**read_architecture(state), image_size=image_size)
+    load_state(backbone, state, source)
+    return backbone
 
 
 def read_architecture(state):
@@ -373,13 +327,13 @@ def read_architecture(state):
         swiglu=state.get("blocks.0.mlp.w3.weight", ABSENT).shape[1])
 
 
-def load_state(module, state, what, assign=False):
+def load_state(module, state, source):
     """load_state_dict, strict; its error becomes one line, which names the keys that do not fit."""
     try:
-        module.load_state_dict(state, assign=assign)
+        module.load_state_dict(state, assign=True)
     except RuntimeError as error:
         line = " ".join(str(error).split())
-        raise ValueError(f"{what}: {line[:300]}; take the file that fits") from None
+        raise ValueError(f"{source}: {line[:300]}; take the file that fits") from None
 
 
 # ---------------------------------------------------------------- the concept layer and the fusion
@@ -389,89 +343,49 @@ class ConceptLayer(nn.Module):
 
     Concept region discovery: a_k = softmax over k of -|e - q_k|^2, with a bias b_k for each patch.
     Intra-region aggregation: p_k = sum(a_k e) / sum(a_k) over the patches where a_k is largest.
-
-    distance: "euclidean" (paper), or "relative" (ours): prototypes meet patches relative to the
-        object in their image, see prepare, and |e - q_k|^2 is divided by 2 sqrt(D), so shares are
-        softer. What is averaged are the patches themselves, by sg(a_k).
-    The other arguments are those of IVPT.
+    The arguments are explained at IVPT.
     """
 
-    def __init__(self, K, width, grid, bias_after_softmax=True, distance="euclidean",
-                 spatial_bias=True, regions=True):
+    def __init__(self, K, width, num_patches, bias_after_softmax=True, no_bias=False,
+                 no_regions=False):
         super().__init__()
-        self.grid, self.distance = grid, distance
-        self.bias_after_softmax, self.regions = bias_after_softmax, regions
+        self.bias_after_softmax, self.no_regions = bias_after_softmax, no_regions
         self.prototypes = nn.Parameter(0.05 * torch.randn(K, width))
-        self.bias = nn.Parameter(torch.zeros(K, math.prod(grid)), requires_grad=spatial_bias)
-        if distance == "relative":  # mean directions of objects and of all else: sample_regions
-            self.register_buffer("means", torch.zeros(2, width))
+        self.bias = nn.Parameter(torch.zeros(K, num_patches), requires_grad=not no_bias)
 
-    def directions(self, patches):
-        """Patches (B, N, D), each averaged with its neighbours and brought to length sqrt(D)."""
-        maps = to_float32(patches).transpose(1, 2).unflatten(2, self.grid)  # (B, D, h, w)
-        maps = F.pad(maps, (1, 1, 1, 1), mode="replicate")
-        maps = F.avg_pool2d(maps, 3, stride=1)
-        return to_length(maps.flatten(2).transpose(1, 2))
-
-    def prepare(self, patches):
-        """Patches (B, N, D) as the prototypes meet them.
-
-        relative: directions less their mean over the object, so species and light go, parts stay.
-        An image's object is the set of patches nearer the mean of objects than that of all else.
-        """
-        if self.distance == "euclidean":
-            return patches
-        e = self.directions(patches.detach())
-        is_object = torch.cdist(e, self.means).argmin(2) == 0  # (B, N)
-        object_mean, _ = weighted_mean(is_object[:, None].to(e), e)  # (B, 1, D)
-        return to_length(e - object_mean)
-
-    def forward(self, patches, smoothing=0.0, detach_maps=False):
+    def forward(self, patches, smoothing=0.0):
         """patches (B, N, D) -> attention a (B, K, N), pooled p (B, K, D), mass (B, K), p's divisor.
 
-        smoothing comes before pooling; detach_maps lets patches learn from pooled, not from maps.
+        smoothing: what is added to every share before pooling. The maps see sg(patches), so only
+        pooled moves the patches.
         """
-        e, prototypes = self.prepare(patches), self.prototypes
-        if self.distance == "relative":
-            factor = (4 * patches.shape[-1]) ** -0.25  # on both sides, so it divides |e - q|^2
-            e, prototypes = e * factor, prototypes * factor
         attention, pooled, mass = prototype_attention(
-            e, prototypes, self.bias, self.bias_after_softmax,
-            smoothing=smoothing, detach_maps=detach_maps)
-        if self.distance == "euclidean" and self.regions:
-            return attention, pooled, mass
-        weights = attention  # every patch counts by its share of the concept
-        if self.distance == "relative":
-            weights = weights.detach()
-        if self.regions:
-            weights = weights * (attention == attention.amax(1, keepdim=True))
-        return attention, *weighted_mean(weights, patches)
+            patches, self.prototypes, self.bias, self.bias_after_softmax,
+            smoothing=smoothing, detach_maps=True)
+        if self.no_regions:  # every patch counts by its share of the concept
+            mass = attention.sum(2)
+            weights = attention / mass[..., None].clamp_min(1e-30)
+            pooled = weights.to(patches.dtype) @ patches
+        return attention, pooled, mass
 
 
-def weighted_mean(weights, patches):
-    """weights (B, K, N), patches (B, N, D) -> means (B, K, D), sums of the weights (B, K)."""
-    mass = weights.sum(2)
-    weights = weights / mass[..., None].clamp_min(1e-30)
-    return weights.to(patches.dtype) @ patches, mass
-
-
-def to_length(x):
-    """Vectors (..., D) at the length sqrt(D)."""
-    return F.normalize(x, dim=-1) * x.shape[-1] ** 0.5
+def smooth(a):
+    """Shares a (B, K, N), made positive: they sum to 1 over K again."""
+    return (a + SMOOTHING) / (a + SMOOTHING).sum(1, keepdim=True)
 
 
 class Fusion(nn.Module):
     """Fine-to-coarse fusion: K - 1 region features, grouped into G concepts, become G prompts.
 
-    grouped=False, for the ablation: every fine concept prompts by itself, so G is K - 1.
+    no_fusion, for the ablation: every fine concept prompts by itself, so G is K - 1.
     """
 
-    def __init__(self, width, G, mlp, grouped=True):
+    def __init__(self, width, G, fusion_mlp=True, no_fusion=False):
         super().__init__()
-        self.grouping = nn.Linear(width, G) if grouped else None
+        self.grouping = None if no_fusion else nn.Linear(width, G)
         self.norm = nn.LayerNorm((G, width))
         self.head = nn.Linear(width, width)  # one Linear as released; the text has an MLP
-        if mlp:
+        if fusion_mlp:
             self.head = nn.Sequential(self.head, nn.GELU(), nn.Linear(width, width))
 
     def forward(self, pooled, mass):
@@ -503,21 +417,9 @@ def fuse_maps(a, S):
         return fused / fused.sum(1, keepdim=True).clamp_min(1e-30)  # the bias may leave no share
 
 
-class ConceptClassifier(nn.Module):
-    """Class scores of concepts z (B, G, D) -> (B, G, C), each by weights of its own (ours)."""
+# ---------------------------------------------------------------- what every method is
 
-    def __init__(self, G, width, num_classes):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(G, width, num_classes))
-        nn.init.trunc_normal_(self.weight, std=0.02)
-
-    def forward(self, z):
-        return torch.einsum("bgd,gdc->bgc", z, self.weight)
-
-
-# ---------------------------------------------------------------- IVPT
-
-class Output(NamedTuple):  # as IVPT fills it; the docstring of a baseline says what differs
+class Output(NamedTuple):  # as IVPT fills it; the docstrings in methods/ say what differs
     logits: torch.Tensor          # (B, C), the mean of the concepts' class scores
     concept_logits: torch.Tensor  # (B, G, C), class scores of every concept that votes
     attention: list               # per concept layer (B, K_l, h, w), smoothed, sums to 1 over K_l
@@ -526,75 +428,117 @@ class Output(NamedTuple):  # as IVPT fills it; the docstring of a baseline says 
     features: torch.Tensor        # (B, G + 1, D), normalised region features of the last layer
 
 
+class Method(nn.Module):
+    """What train.py, evaluate.py and explore/ ask of a method. IVPT is one; methods/ has others.
+
+    A method sets prototypes: for each map that it shows, the number of channels, background last.
+    """
+
+    rates = {}              # options with another default than train.py's
+    accepts = ()            # which of IVPT's options it takes; typing another one is an error
+    class_specific = False  # every class has prototypes of its own
+    has_stages = False      # they depend on --epochs, so --resume must not change it
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone.requires_grad_(False)  # used, not copied
+        self.grid = backbone.grid  # (h, w)
+
+    def forward(self, images, labels=None):
+        """images (B, 3, S, S) -> Output.
+
+        labels (B): the classes whose prototypes to show, where each class has its own; None: those
+        of the predicted classes.
+        """
+        raise NotImplementedError
+
+    def losses(self, images, labels, theta):
+        """One training step: a dict of scalars with "loss", their sum; and logits (B, C).
+
+        theta (2, 3): an affine map, for losses that compare two views. See train.ivpt_losses.
+        """
+        raise NotImplementedError
+
+    def parameter_groups(self, args):
+        """Adam's groups: what is trained, at which rate. args: train.Options; batches of 16."""
+        raise NotImplementedError
+
+    def start(self, dataset, args):
+        """Called once before the first step. dataset: the training images in the test view."""
+
+    def before_epoch(self, epoch, epochs):
+        """Called before each of the epochs, numbered from 0."""
+
+    def after_epoch(self, epoch, epochs, dataset):
+        """Called after each of them. dataset: as in start."""
+
+    def sample_regions(self, dataset, seed):
+        """Where prototypes are clusters: for every layer patches e (n, D) of the dataset's images
+        as the prototypes meet them, and bool (n) twice: in the foreground, in the background."""
+        raise ValueError(f"{type(self).__name__}: its prototypes are not clusters of patches")
+
+
 def tune_backbone(backbone, tune):
-    """What of a backbone is trained: "none" (paper), its "tokens" (released) or "all"."""
+    """What of a frozen backbone is trained: "none" (paper), its "tokens" (released) or "all"."""
     tokens = ("cls_token", "register_tokens", "pos_embed")
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad = tune == "all" or (tune == "tokens" and name in tokens)
     backbone.mask_token.requires_grad = False
 
 
-class IVPT(nn.Module):
-    """Interpretable visual prompt tuning of a VisionTransformer, which is used, not copied.
+# ---------------------------------------------------------------- IVPT
+
+class IVPT(Method):
+    """Interpretable visual prompt tuning of a VisionTransformer.
 
     prototypes: how many each concept layer has, the background counted. The last layer reads the
         output. Each of the others prompts one block: these are the backbone's last blocks.
     bias_after_softmax: a = max(softmax + bias, 0) as in the text; False: softmax(logit + bias).
     fusion_mlp: fusion head with an MLP (paper) or one Linear (released).
-    tune: see tune_backbone; distance: see ConceptLayer.
-    votes: which concepts score the classes. "coarse" (paper): those of the last layer, by shared
-        weights. "all" (ours): those of all layers, each by weights of its own.
-    spatial_bias, regions, cross_layer, fusion: False takes that idea away, for the ablation.
-        Without cross_layer the last concept layer stands alone and nothing is prompted.
+    tune: see tune_backbone.
+    no_bias, no_regions, no_cross_layer, no_fusion: take an idea away, for the paper's ablation.
+        With no_cross_layer the last concept layer stands alone and nothing is prompted.
     Raises ValueError where prototypes and backbone do not fit.
 
-    Who learns from what; every stop-gradient (sg) in forward is meant:
+    Who learns from what; every stop-gradient in forward is meant:
         prototypes, biases of prompted layers   the six losses on maps; what they pool is sg
         grouping                                region consistency alone, through the fused maps
         fusion norm and head                    classification and orthogonality, through prompts
         prototypes, bias of the last layer      all but region consistency, whose target they are
-    Ours: with distance "relative" no prototype learns from classes, as regions pool with sg shares;
-    with votes "all" prompts learn from the votes of all layers behind them.
     """
 
-    class_specific = False  # all classes share the prototypes
+    arguments = ("prototypes", "bias_after_softmax", "fusion_mlp", "tune",
+                 "no_bias", "no_regions", "no_cross_layer", "no_fusion")
+    accepts = (*arguments, "recipe", "start", "lr_fusion", "lr_bias", "lr_backbone")
 
-    def __init__(self, backbone, num_classes, prototypes=PROTOTYPES,
-                 bias_after_softmax=True, fusion_mlp=True, tune="none", distance="euclidean",
-                 votes="coarse", spatial_bias=True, regions=True, cross_layer=True, fusion=True):
-        super().__init__()
+    def __init__(self, backbone, num_classes, prototypes=PROTOTYPES, bias_after_softmax=True,
+                 fusion_mlp=True, tune="none", no_bias=False, no_regions=False,
+                 no_cross_layer=False, no_fusion=False):
+        super().__init__(backbone)
         depth = len(backbone.blocks)
-        if not 2 <= len(prototypes) <= depth + 1 or min(prototypes) < 2:
-            raise ValueError(f"prototypes {prototypes}: expected 2 to {depth + 1} numbers, "
+        if not 1 <= len(prototypes) <= depth + 1 or min(prototypes) < 2:
+            raise ValueError(f"prototypes {prototypes}: expected 1 to {depth + 1} numbers, "
                              "each at least 2 (one concept and the background)")
         if min(backbone.grid) < 3:
             raise ValueError(f"image size {backbone.image_size}: {backbone.grid} patches, "
                              "expected at least 3 a side")
-        if not cross_layer:
+        if no_cross_layer:
             prototypes = prototypes[-1:]
-        self.backbone, self.grid = backbone, backbone.grid  # grid: (h, w)
-        self.tune = tune
         self.prototypes = tuple(prototypes)  # how many; they themselves are in concepts
+        self.tune = tune
         tune_backbone(backbone, tune)
 
-        D = backbone.width
+        D, N = backbone.width, math.prod(backbone.grid)
         G = self.prototypes[-1] - 1
         self.concepts = nn.ModuleList(
-            ConceptLayer(K, D, self.grid, bias_after_softmax, distance, spatial_bias, regions)
+            ConceptLayer(K, D, N, bias_after_softmax, no_bias, no_regions)
             for K in self.prototypes)
         self.fusions = nn.ModuleList(
-            Fusion(D, G if fusion else K - 1, fusion_mlp, grouped=fusion)
+            Fusion(D, K - 1 if no_fusion else G, fusion_mlp, no_fusion)
             for K in self.prototypes[:-1])
         self.num_unprompted = depth - len(self.fusions)  # blocks before the first concept layer
         self.norm = nn.LayerNorm((G + 1, D))
-        self.votes = nn.ModuleList()  # of the prompted layers
-        if votes == "all":
-            for K in self.prototypes[:-1]:
-                norm = nn.LayerNorm((K - 1, D), elementwise_affine=False)
-                self.votes.append(nn.Sequential(norm, ConceptClassifier(K - 1, D, num_classes)))
-            self.classifier = ConceptClassifier(G, D, num_classes)
-        else:
-            self.classifier = nn.Linear(D, num_classes, bias=False)  # shared by the concepts
+        self.classifier = nn.Linear(D, num_classes, bias=False)  # shared by the concepts
         for module in self.fusions.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -602,145 +546,94 @@ class IVPT(nn.Module):
         nn.init.trunc_normal_(self.classifier.weight, std=0.02)
 
     def unprompted(self, images):
-        """images -> tokens (B, T, D) before the first concept layer; frozen, they need no graph."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.tune != "none"):
-            tokens = self.backbone.embed(images)
-            for block in self.backbone.blocks[:self.num_unprompted]:
-                tokens = block(tokens)
+        """images -> tokens (B, T, D) before the first concept layer."""
+        tokens = self.backbone.embed(images)
+        for block in self.backbone.blocks[:self.num_unprompted]:
+            tokens = block(tokens)
         return tokens
 
-    def normed_patches(self, tokens):
-        """Tokens (B, T, D) -> patches (B, N, D) after the backbone's own final norm."""
-        return self.backbone.norm(tokens[:, self.backbone.prefix:])
-
-    def forward(self, images, backbone_graph=True):
-        """images (B, 3, H, W) of the backbone's image_size -> Output.
-
-        backbone_graph=False keeps no graph of the backbone, for the equivariance loss: its maps
-        see patches through sg, so prototypes and biases still get their whole gradient.
-        """
-        graph = torch.is_grad_enabled() and backbone_graph
-        with torch.set_grad_enabled(graph):
-            tokens = self.unprompted(images)
-
-        attention, groups, fused, scores = [], [], [], []
-        for l, fusion in enumerate(self.fusions):
-            with torch.set_grad_enabled(graph and len(self.votes) > 0):  # without votes e is sg
-                e = self.normed_patches(tokens)  # e = LN(x_l), (B, N, D)
-            a, pooled, mass = self.concepts[l](e, detach_maps=True)  # (B, K, N), (B, K, D), (B, K)
-            if self.votes:
-                scores.append(self.votes[l](pooled[:, :-1]))  # (B, K - 1, C)
+    def forward(self, images, labels=None):
+        """images (B, 3, S, S) of the backbone's image_size -> Output."""
+        tokens = self.unprompted(images)
+        attention, groups, fused = [], [], []
+        prompted_blocks = self.backbone.blocks[self.num_unprompted:]
+        for concept, fusion, block in zip(self.concepts, self.fusions, prompted_blocks):
+            e = self.backbone.normed_patches(tokens).detach()  # sg: maps do not move the backbone
+            a, pooled, mass = concept(e)  # (B, K, N), (B, K, D), (B, K)
             pooled, mass = pooled.detach(), mass.detach()  # sg: a prompt does not move its regions
-            prompts, S = fusion(pooled[:, :-1], mass[:, :-1])  # of all but the background
-            with torch.set_grad_enabled(graph):
-                tokens = self.backbone.blocks[self.num_unprompted + l](tokens, prompts)
-            smoothed = (a + SMOOTHING) / (a + SMOOTHING).sum(1, keepdim=True)
-            attention.append(smoothed.unflatten(2, self.grid))
-            if S is not None:
+            prompts, S = fusion(pooled[:, :-1], mass[:, :-1])  # (B, G, D), (B, K-1, G)
+            tokens = block(tokens, prompts)
+            attention.append(smooth(a).unflatten(2, self.grid))  # after pooling and fusing
+            if S is not None:  # None under no_fusion
                 groups.append(S)
                 fused.append(fuse_maps(a, S).unflatten(2, self.grid))
 
-        with torch.set_grad_enabled(graph):
-            x = self.normed_patches(tokens)  # with gradient: the classes are read from it
-        a, pooled, _ = self.concepts[-1](x, smoothing=SMOOTHING, detach_maps=True)  # maps of sg(x)
+        x = self.backbone.normed_patches(tokens)  # with gradient: the classes are read from it
+        a, pooled, _ = self.concepts[-1](x, SMOOTHING)  # this layer alone pools smoothed shares
         attention.append(a.unflatten(2, self.grid))
         features = self.norm(pooled)  # (B, G + 1, D), jointly over concepts and width
-        scores.append(self.classifier(features[:, :-1]))  # (B, G, C)
-        concept_logits = to_float32(torch.cat(scores, dim=1))
-        logits = concept_logits.mean(1)
-        return Output(logits, concept_logits, attention, groups, fused, features)
+        concept_logits = to_float32(self.classifier(features[:, :-1]))  # (B, G, C)
+        return Output(concept_logits.mean(1), concept_logits, attention, groups, fused, features)
+
+    def parameter_groups(self, args):
+        fusions = [*self.fusions.named_parameters()]
+        prompt_heads = [p for name, p in fusions if ".head." in name]
+        groupings = [p for name, p in fusions if ".head." not in name]  # and the norms beside them
+        tuned = [p for p in self.backbone.parameters() if p.requires_grad]
+        tuned_rate = args.lr_backbone if self.tune == "all" else args.lr_prototypes
+        return [
+            dict(params=[*self.norm.parameters(), *groupings], lr=args.lr),
+            dict(params=prompt_heads, lr=args.lr_fusion),
+            dict(params=[*self.classifier.parameters()], lr=args.lr),
+            dict(params=[concept.prototypes for concept in self.concepts], lr=args.lr_prototypes),
+            dict(params=[concept.bias for concept in self.concepts], lr=args.lr_bias),
+            dict(params=tuned, lr=tuned_rate)]
+
+    @torch.no_grad()
+    def start(self, dataset, args):
+        """--start clusters. The paper leaves open where prototypes start; the released program
+        draws noise, as __init__ does."""
+        if args.start == "noise":
+            return
+        for concept, regions in zip(self.concepts, self.sample_regions(dataset, args.seed)):
+            K = len(concept.prototypes)
+            concept.prototypes.copy_(cluster_prototypes(*regions, K, args.seed))
+
+    def sample_regions(self, dataset, seed):
+        layers, radius2 = sample_patches(self.backbone, len(self.concepts), dataset, seed)
+        return [(e, *find_foreground(e, radius2, seed)) for e in layers]
 
 
 # ---------------------------------------------------------------- where the prototypes start
-
-@torch.no_grad()
-def start_prototypes(model, dataset, seed):
-    """Prototypes become k-means centres of the unprompted ViT's patches (train.py --start kmeans).
-
-    Each layer's foreground patches form K - 1 clusters; the mean of the background patches is the
-    background prototype. dataset: training images in the test view; no annotation is read.
-    """
-    samples = sample_regions(model, dataset, seed)
-    for concept, (e, foreground, background) in zip(model.concepts, samples):
-        generator = torch.Generator().manual_seed(seed)
-        centres = kmeans(e[foreground], len(concept.prototypes) - 1, generator)
-        concept.prototypes.copy_(torch.cat([centres, e[background].mean(0, keepdim=True)]))
+# Objects are found in the patches of the unprompted ViT; no label, box or key point is read.
+MAX_IMAGES, MAX_PATCHES = 1000, 200_000  # all patches of 1,000 images of 196
 
 
 @torch.no_grad()
-def count_prototypes(model, dataset, seed):
-    """train.py --prototypes auto: of every layer the largest number that its patches support.
+def sample_patches(backbone, num_layers, dataset, seed, transform=None):
+    """Patches of up to 1,000 images -> (n, D) for each concept layer, and their radius2 (n).
 
-    Either half of the images gives K clusters of foreground patches, up to 16. K counts if both
-    agree: each cluster of the first shares with one of the second more than half of the patches
-    in either (Jaccard index; Hennig 2007 calls a cluster below 0.5 dissolved).
-    """
-    numbers = []
-    for e, foreground, _ in sample_regions(model, dataset, seed):
-        generator = torch.Generator().manual_seed(seed)
-        e = e[foreground]
-        half = len(e) // 2
-        largest = 1
-        for K in range(2, 17):
-            members = []  # of the clusters of each half, (n, K)
-            for images in (e[:half], e[half:]):
-                owner = torch.cdist(e, kmeans(images, K, generator)).argmin(1)
-                members.append(F.one_hot(owner, K).float())
-            first, second = members
-            shared = first.T @ second  # (K, K), numbers of patches
-            either = first.sum(0)[:, None] + second.sum(0) - shared
-            if (shared / either).amax(1).min() > 0.5:
-                largest = K
-        numbers.append(largest + 1)  # and the background
-    return tuple(numbers)
-
-
-def sample_regions(model, dataset, seed):
-    """Training patches of every concept layer, a list of e (n, D), foreground (n), background (n).
-
-    e are the patches as the prototypes meet them; relative ones need the means, so these are set
-    first, by the directions of the same patches. Raises ValueError where nothing is foreground.
-    """
-    directions, radius2 = sample_patches(model, dataset, seed, ConceptLayer.directions)
-    regions = []
-    for concept, e in zip(model.concepts, directions):
-        foreground, background = find_foreground(e, radius2, torch.Generator().manual_seed(seed))
-        if foreground.sum() < 2:
-            raise ValueError("--start kmeans: found no foreground in the training images; give "
-                             "more images, or take --recipe paper")
-        if concept.distance == "relative":
-            concept.means[0] = e[foreground].mean(0)
-            concept.means[1] = e[~foreground].mean(0)
-        regions.append((foreground, background))
-    patches, _ = sample_patches(model, dataset, seed, ConceptLayer.prepare)
-    return [(e, *masks) for e, masks in zip(patches, regions)]
-
-
-def sample_patches(model, dataset, seed, prepare):
-    """50 patches of each of 1,000 images -> (n, D) for every concept layer, and radius2 (n).
-
-    prepare(concept, patches): what is sampled. radius2 is a patch's squared distance from the
-    middle of its image: 1 at an edge, 2 in a corner.
+    transform(l, patches (B, N, D)): what the prototypes of layer l meet instead of the patches.
+    radius2 is a patch's squared distance from the middle of its image: 1 at an edge, 2 in a corner.
     """
     generator = torch.Generator().manual_seed(seed)
-    device = model.classifier.weight.device
-    y, x = (torch.linspace(-1, 1, side) for side in model.grid)
+    chosen = torch.randperm(len(dataset), generator=generator)[:MAX_IMAGES].tolist()
+    per_image = max(1, MAX_PATCHES // len(chosen))
+    y, x = (torch.linspace(-1, 1, side) for side in backbone.grid)
     grid_radius2 = (y[:, None] ** 2 + x ** 2).flatten()  # (N)
-    chosen = torch.randperm(len(dataset), generator=generator)[:1000].tolist()
-    blocks = [*model.backbone.blocks[model.num_unprompted:], nn.Identity()]
-    samples, radius2 = [[] for _ in model.concepts], []
+    device = backbone.cls_token.device
+    samples, radius2 = [[] for _ in range(num_layers)], []
     for images, *_ in DataLoader(dataset, 16, sampler=chosen):
-        kept = torch.randperm(len(grid_radius2), generator=generator)[:50]
+        kept = torch.randperm(len(grid_radius2), generator=generator)[:per_image]
         radius2.append(grid_radius2[kept].repeat(len(images)))
-        tokens = model.unprompted(images.to(device))
-        for concept, sample, block in zip(model.concepts, samples, blocks):
-            e = prepare(concept, model.normed_patches(tokens))[:, kept]
-            sample.append(e.float().flatten(0, 1))
-            tokens = block(tokens)
+        for l, e in enumerate(backbone.last_patches(images.to(device), num_layers)):
+            if transform is not None:
+                e = transform(l, e)
+            samples[l].append(e[:, kept].float().flatten(0, 1))
     return [torch.cat(sample) for sample in samples], torch.cat(radius2).to(device)
 
 
-def find_foreground(e, radius2, generator):
+def find_foreground(e, radius2, seed):
     """Patches e (n, D), their radius2 (n) -> bool (n) twice: which are foreground, and background.
 
     A principal component tells object from background: of the first three, the one that follows
@@ -754,128 +647,112 @@ def find_foreground(e, radius2, generator):
     outwards = (radius2 - radius2.mean()) @ F.normalize(components, dim=0)  # (3,), correlations
     best = outwards.abs().argmax()
     component = components[:, best:best + 1] * -torch.sign(outwards[best])  # the middle is high
-    low, middle, high = kmeans(component, 3, generator).flatten().sort().values
+    low, middle, high = kmeans(component, 3, seed, starts=5).flatten().sort().values
     corner = radius2 > 1
     foreground = (component[:, 0] > (middle + high) / 2) & ~corner
     background = (component[:, 0] < (low + middle) / 2) | corner
+    if foreground.sum() < 2:
+        raise ValueError("no foreground found in the training images, so prototypes cannot start "
+                         "in its clusters; give more images, or take --method ivpt --start noise")
     return foreground, background
 
 
-def kmeans(e, K, generator):
-    """Patches e (n, D) -> centres (K, D), the best of five starts.
+def cluster_prototypes(e, foreground, background, K, seed):
+    """A layer's entry of sample_regions -> K - 1 centres of the foreground and the background's
+    mean, (K, D)."""
+    centres = kmeans(e[foreground], K - 1, seed)
+    return torch.cat([centres, e[background].mean(0, keepdim=True)])
 
-    A start is k-means++ (Arthur, Vassilvitskii 2007): a patch becomes a centre with a probability
-    that grows with its squared distance d2 from the nearest centre before it.
+
+def kmeans(e, K, seed, starts=20):
+    """Patches e (n, D) -> centres (K, D): of 20 starts with 10,000 patches the best, then all."""
+    generator = torch.Generator().manual_seed(seed)
+    some = e[torch.randperm(len(e), generator=generator)[:10_000].to(e.device)]
+    best, least_spread = None, math.inf
+    for _ in range(starts):
+        centres = move_to_means(some, distant_patches(some, K, generator))
+        spread = squared_distances(some, centres).amin(1).sum().item()
+        if spread < least_spread:
+            best, least_spread = centres, spread
+    return move_to_means(e, best)
+
+
+def distant_patches(e, K, generator):
+    """k-means++ (Arthur, Vassilvitskii 2007): a patch becomes a centre with a probability that
+    grows with its squared distance from the nearest centre before it."""
+    centres = e[:0]
+    nearest = e.new_ones(len(e))
+    for _ in range(K):
+        if nearest.sum() == 0:  # fewer different patches than centres
+            nearest = torch.ones_like(nearest)
+        pick = torch.multinomial(nearest.cpu(), 1, generator=generator).to(e.device)
+        centres = torch.cat([centres, e[pick]])
+        nearest = squared_distances(e, centres).amin(1)
+    return centres
+
+
+def move_to_means(e, centres):
+    """Thirty times: a patch belongs to the nearest centre, a centre moves to its patches' mean."""
+    for _ in range(30):
+        logits = e @ (2 * centres.T) - centres.square().sum(1)  # as in kernels.py
+        members = F.one_hot(logits.argmax(1), len(centres)).to(e)  # (n, K)
+        sizes = members.sum(0)[:, None]
+        means = members.T @ e / sizes.clamp(min=1)
+        centres = torch.where(sizes > 0, means, centres)
+    return centres
+
+
+def squared_distances(e, centres):
+    """e (n, D), centres (K, D) -> (n, K). Less exact than torch.cdist, and several times faster."""
+    products = e @ (2 * centres.T)
+    squares = e.square().sum(1, keepdim=True) + centres.square().sum(1)
+    return (squares - products).clamp_min(0)
+
+
+# ---------------------------------------------------------------- from options, from a checkpoint
+
+def find_method(name):
+    """The class of --method NAME."""
+    if name == "ivpt":
+        return IVPT
+    from methods import METHODS
+    if name not in METHODS:
+        raise ValueError(f"--method {name}: expected ivpt, {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def build(options, num_classes, backbone):
+    """The model that a run's options describe (a dict), on a backbone."""
+    method = find_method(options["method"])
+    arguments = {name: options[name] for name in IVPT.arguments if name in method.accepts}
+    return method(backbone, num_classes, **arguments)
+
+
+class StoredOptions(dict):
+    """The options in a checkpoint. One that an older version of this program lacked is one line."""
+
+    def __missing__(self, name):
+        raise ValueError(f"checkpoint: has no option {name}, so another version of this program "
+                         "wrote it; train again, or take the commit that wrote it")
+
+
+def load_checkpoint(path):
+    """A run's last.pt -> (model in eval mode, checkpoint dict). It needs no other file.
+
+    Raises ValueError or OSError, one line, where train.py did not write it.
     """
-    starts = []
-    for _ in range(5):
-        centres, d2 = e[:0], e.new_ones(len(e))
-        for _ in range(K):
-            if d2.sum() == 0:  # fewer different patches than centres
-                d2 = torch.ones_like(d2)
-            pick = torch.multinomial(d2.cpu(), 1, generator=generator).to(e.device)
-            centres = torch.cat([centres, e[pick]])
-            d2 = torch.cdist(e, centres).amin(1).square()
-        for _ in range(30):
-            owner = torch.cdist(e, centres).argmin(1)
-            sums = torch.zeros_like(centres).index_add_(0, owner, e)
-            sizes = torch.bincount(owner, minlength=K)[:, None]
-            centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
-        spread = torch.cdist(e, centres).amin(1).square().sum().item()
-        starts.append((spread, centres))
-    return min(starts, key=lambda start: start[0])[1]
-
-
-# ---------------------------------------------------------------- options, checkpoints
-
-def ivpt_arguments(options):
-    """Options of train.py, as a dict -> keyword arguments of IVPT."""
-    prototypes = options["prototypes"]
-    if prototypes == AUTO:
-        prototypes = PROTOTYPES
-    return dict(
-        prototypes=prototypes,
-        bias_after_softmax=options["bias"] == "after",
-        fusion_mlp=options["fusion"] == "mlp",
-        tune=options["tune"],
-        distance=options["distance"],
-        votes=options["votes"],
-        spatial_bias=not options["no_bias"],
-        regions=not options["no_regions"],
-        cross_layer=not options["no_cross_layer"],
-        fusion=not options["no_fusion"])
-
-
-def build(options, num_classes, backbone=None):
-    """The model that a run's options describe (a dict); backbone: one that is loaded already."""
-    if backbone is None:
-        backbone = load_backbone(options["weights"], options["image_size"])
-    if options["method"] != "ivpt":
-        from baselines import build_baseline
-        return build_baseline(options, num_classes, backbone)
-    return IVPT(backbone, num_classes, **ivpt_arguments(options))
-
-
-def trained_state(model):
-    """What a checkpoint holds: all but the frozen part of a backbone that has a file."""
-    state = {}
-    for name, x in model.state_dict(keep_vars=True).items():
-        frozen = name.startswith("backbone.") and not x.requires_grad
-        if not (frozen and model.backbone.has_file):
-            state[name] = x.detach().cpu()
-    return state
-
-
-def fingerprint(model):
-    """SHA-256 of the frozen backbone, that is, of its parameters that no checkpoint holds."""
-    digest = hashlib.sha256()
-    held = trained_state(model)
-    for name, parameter in sorted(model.backbone.named_parameters()):
-        if "backbone." + name not in held:
-            values = parameter.detach().cpu().numpy()
-            digest.update(name.encode() + values.tobytes())
-    return digest.hexdigest()
-
-
-def save(path, content):
-    """Write a text or a torch object beside path, then move it there: path is always whole."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    if isinstance(content, str):
-        temporary.write_text(content, encoding="utf-8")
-    else:
-        torch.save(content, temporary)
-    os.replace(temporary, path)
-
-
-def read_checkpoint(path):
-    """A run's last.pt -> its dict. Raises ValueError or OSError, one line, if it is none."""
     checkpoint = read_file(path, "checkpoint")
-    fields = {"options", "classes", "model", "fingerprint"}
+    fields = {"options", "classes", "model"}
     if not isinstance(checkpoint, dict) or not fields <= checkpoint.keys():
         raise ValueError(f"checkpoint {path}: not written by train.py; name a run's last.pt")
-    return checkpoint
-
-
-def restore(model, checkpoint, path):
-    """Put a checkpoint's parameters into a model that was built from the same options."""
-    if fingerprint(model) != checkpoint["fingerprint"]:
-        raise ValueError(f"checkpoint {path}: trained on another frozen backbone than this one; "
-                         "name its file by --weights")
-    held = trained_state(model)
-    frozen = {name: x for name, x in model.state_dict().items() if name not in held}
-    load_state(model, frozen | checkpoint["model"], f"checkpoint {path}")
-
-
-def load_checkpoint(path, weights=None):
-    """A run's last.pt -> (model in eval mode, checkpoint dict).
-
-    weights: the backbone's file, if it has moved. Raises ValueError or OSError, one line.
-    """
-    checkpoint = read_checkpoint(path)
-    options = dict(checkpoint["options"])
-    if weights:
-        options["weights"] = weights
-    model = build(options, len(checkpoint["classes"]))
-    restore(model, checkpoint, path)
+    options = checkpoint["options"] = StoredOptions(checkpoint["options"])
+    state = checkpoint["model"]
+    prefix = "backbone."
+    vit = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+    if "patch_embed.proj.weight" not in vit:  # older versions left a frozen backbone out
+        raise ValueError(f"checkpoint {path}: holds no whole model; train again, or take the "
+                         "commit that wrote it")
+    backbone = assemble_backbone(vit, options["image_size"], f"checkpoint {path}")
+    model = build(options, len(checkpoint["classes"]), backbone)
+    load_state(model, state, f"checkpoint {path}")
     return model.eval(), checkpoint

@@ -34,35 +34,27 @@ import data
 import evaluate
 import model as ivpt
 
-# ------------------------------------------------------------------------------ recipes and presets
-# The paper's text and the authors' program differ in the bias, the fusion head and what is trained.
-# PAPER's lr_bias is ours. Adam moves a bias by at most about its rate a step: at the text's 2e-4 by
-# 0.6 in 25 epochs of CUB. It would outgrow the shares to which it is added, since these sum to 1.
-PAPER = dict(bias="after", fusion="mlp", tune="none", lr_bias=2e-5, lr_fusion=1e-2, start="noise",
-             distance="euclidean", votes="coarse")
-RELEASED = PAPER | dict(bias="inside", fusion="linear", tune="tokens", lr_bias=2e-4)
-# Ours: concepts follow parts, and all of them vote. See docs/tuned.md.
-TUNED = PAPER | dict(start="kmeans", distance="relative", votes="all", lr_fusion=1e-5)
-RECIPES = {"paper": PAPER, "released": RELEASED, "tuned": TUNED}
+# ----------------------------------------------------------------------------- recipes and options
+# The paper's text and the authors' program differ in the bias, the fusion head, what is trained in
+# the backbone and, as the text says nothing of it, where prototypes start.
+# The text's rate of the bias is 2e-4. Adam moves a bias by at most about its rate a step: at 2e-4
+# by 0.6 in 25 epochs of CUB. It would outgrow the shares to which it is added, since these sum to
+# 1. So PAPER has a tenth of it.
+PAPER = dict(bias_after_softmax=True, fusion_mlp=True, tune="none", start="clusters", lr_bias=2e-5)
+RELEASED = dict(bias_after_softmax=False, fusion_mlp=False, tune="tokens", start="noise",
+                lr_bias=2e-4)
+RECIPES = {"paper": PAPER, "released": RELEASED}
 
-# The data set's preset. What the command line leaves open is filled in from here.
-PRESET = dict(recipe="tuned", weights="vitb14_reg4", image_size=518, pretrain=0, epochs=25, lr=1e-2,
-              lr_prototypes=2e-4, lr_backbone=2e-4)
-CUB_PRESET = PRESET | dict(recipe="paper")
-TOY_PRESET = PRESET | dict(weights="toy", image_size=112, pretrain=12, epochs=9,
-                           lr_backbone=5e-5)
+# Presets: what --weights decides. A file has an image size of its own.
+TOY_PRESET = dict(image_size=112, pretrain=12, epochs=9)
+FILE_PRESET = dict(image_size=None)
 
-# What may differ when a run goes on.
-MAY_CHANGE = {"resume", "overwrite", "device", "workers", "data", "data_root", "out", "weights",
-              "amp", "compile", "epochs"}
+# What may be typed beside --resume: the machine, and more epochs.
+MAY_CHANGE = {"resume", "out", "device", "workers", "data_root", "amp", "compile", "epochs"}
 
 
-def number_or_auto(text):
-    return text if text == "auto" else int(text)
-
-
-def option(default, help, **more):
-    return field(default=default, metadata=dict(help=help, **more))
+def option(default, help, **settings):
+    return field(default=default, metadata=dict(help=help, **settings))
 
 
 @dataclass
@@ -72,39 +64,37 @@ class Options:
     data: str = option("toy", "toy (drawn birds), cub (CUB-200-2011) or a folder: see data.py")
     data_root: str = option(None, "folder that holds the data set, or where to put it")
     out: str = option(None, "folder of the run (runs/DATA)")
-    resume: bool = option(False, "go on after the last finished epoch of the run in --out; "
-                         "what is not typed is as in that run")
+    resume: bool = option(False, "go on after the last finished epoch of the run in --out, with "
+                          "its options; only the machine and a larger --epochs may be typed")
     overwrite: bool = option(False, "replace the run in --out")
     validate: bool = option(False, "train on three of four training images, evaluate on the fourth")
     # model
-    method: str = option("ivpt", "ivpt, or a baseline's name: see baselines/")
-    recipe: str = option(None, "the paper's text (default of cub and baselines), "
-                         "its program, or ours (default of all other data)",
-                         choices=list(RECIPES))
+    method: str = option("ivpt", "ivpt, or another method's name: see methods/")
+    recipe: str = option("paper", "the paper's text, or its program", choices=list(RECIPES))
     weights: str = option(None, "toy, vits14, vitb14, vitl14, vitg14, each but toy also with "
-                         "_reg4, or a file")
-    image_size: int = option(None, "side of the input in pixels, a multiple of the patch")
-    prototypes: tuple = option(ivpt.PROTOTYPES, "number in each layer, with one for background; "
-                               "auto: as many as the data has", nargs="+", type=number_or_auto)
-    bias: str = option(None, "after or inside the softmax", choices=["after", "inside"])
-    fusion: str = option(None, "head of the fusion", choices=["mlp", "linear"])
-    tune: str = option(None, "what learns in the backbone", choices=["none", "tokens", "all"])
-    start: str = option(None, "where prototypes start", choices=["noise", "kmeans"])
-    distance: str = option(None, "of patches and prototypes", choices=["euclidean", "relative"])
-    votes: str = option(None, "which concepts vote, and how", choices=["coarse", "all"])
+                          "_reg4, or a file (toy for the toy, else vitb14_reg4)")
+    image_size: int = option(518, "side of the input in pixels, a multiple of the patch")
+    prototypes: tuple = option(ivpt.PROTOTYPES, "number in each layer, with one for background",
+                               nargs="+", type=int)
+    start: str = option(None, "where prototypes start", choices=["clusters", "noise"])
+    bias_after_softmax: bool = option(None, "add the spatial bias to the shares, not the logits",
+                                      action=argparse.BooleanOptionalAction)
+    fusion_mlp: bool = option(None, "an MLP makes the prompts, not one Linear",
+                              action=argparse.BooleanOptionalAction)
+    tune: str = option(None, "what is trained in the backbone", choices=["none", "tokens", "all"])
     no_bias: bool = option(False, "ablation: no spatial bias")
     no_regions: bool = option(False, "ablation: global attention pools instead of regions")
     no_cross_layer: bool = option(False, "ablation: concepts at the output alone, no prompts")
     no_fusion: bool = option(False, "ablation: every fine concept is a prompt of its own")
     # optimisation; rates are those at batch 16 and scale with the root of the batch size
-    pretrain: int = option(None, "epochs in which the toy ViT, which has no file, learns first")
-    epochs: int = option(None, "passes over the training images; rates halve every four")
+    pretrain: int = option(0, "epochs in which the toy ViT, which has no file, is trained first")
+    epochs: int = option(25, "passes over the training images; rates halve every four")
     batch_size: int = option(16, "images of an optimiser step, over all processes")
-    lr: float = option(None, "rate of class head, grouping and LayerNorms")
-    lr_fusion: float = option(None, "rate of the fusion heads, which make prompts")
-    lr_prototypes: float = option(None, "rate of prototypes, tuned tokens and a baseline's prompts")
+    lr: float = option(1e-2, "rate of class head, grouping and LayerNorms")
+    lr_fusion: float = option(1e-2, "rate of the fusion heads, which make prompts")
+    lr_prototypes: float = option(2e-4, "rate of prototypes, tuned tokens and a baseline's prompts")
     lr_bias: float = option(None, "rate of the spatial bias: too high, and regions stand still")
-    lr_backbone: float = option(None, "rate of the backbone under --tune all")
+    lr_backbone: float = option(2e-4, "rate of the backbone under --tune all")
     seed: int = option(42, "of weights, order, augmentation and noise")
     # machine
     amp: bool = option(None, "bf16 autocast (default: where the device has bf16)",
@@ -112,73 +102,105 @@ class Options:
     compile: bool = option(False, "torch.compile the forward and its losses")
     device: str = option(None, "default: what is there", choices=["cuda", "cpu"])
     workers: int = option(None, "loader processes of each process (default: up to 8, CPU 1)")
+    # not typed: where each value is from
+    sources: dict = None
 
 
-def parse(argv=None):
-    """Command line -> Options with every blank filled. Raises ValueError or OSError, one line."""
+def parse(words=None):
+    """Command line -> Options. An option is as typed, else as the recipe has it, else the method,
+    else the preset of its weights, else as in Options. Raises ValueError or OSError, one line."""
     parser = data.one_line_parser(
         description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
     for f in fields(Options):
+        if not f.metadata:
+            continue
         settings = dict(f.metadata)
         if f.type is bool:
             settings.setdefault("action", "store_true")
         elif f.type is not str:  # str keeps the parser's own type, which expands ~
             settings.setdefault("type", f.type)
         parser.add_argument("--" + f.name.replace("_", "-"), **settings)
-    typed = vars(parser.parse_args(argv))  # without defaults
-    args = Options(**typed)
-    fill_blanks(args)
-    if args.resume:
-        take_run_options(args, typed)
-    if "auto" in args.prototypes and args.prototypes != ivpt.AUTO:
-        raise ValueError("--prototypes: expected numbers, or auto alone")
-    if args.distance == "relative" and (args.method, args.start) != ("ivpt", "kmeans"):
-        raise ValueError("--distance relative needs --method ivpt --start kmeans, which finds the "
-                         "objects; or take --distance euclidean")
-    for name, value in vars(args).items():
-        lowest = 1 if name in ("epochs", "batch_size", "image_size") else 0
-        if isinstance(value, (int, float)) and not lowest <= value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: expected {lowest} or more")
+    typed = vars(parser.parse_args(words))  # without defaults
+    if "prototypes" in typed:
+        typed["prototypes"] = tuple(typed["prototypes"])
+    check_numbers(typed)
+    if "resume" in typed:
+        return options_of_run(typed)
+
+    default = {f.name: f.default for f in fields(Options)}
+    name = typed.get("method", default["method"])
+    method = ivpt.find_method(name)
+    unused = set(ivpt.IVPT.accepts) - set(method.accepts)
+    for option_name in sorted(unused & typed.keys()):
+        raise ValueError(f"--{option_name.replace('_', '-')}: --method {name} does not take it")
+    recipe = typed.get("recipe", default["recipe"])
+    defaults = {
+        "typed": typed,
+        "not used": dict.fromkeys(unused),
+        f"recipe {recipe}": RECIPES[recipe],
+        f"method {name}": method.rates,
+        **preset(typed),
+        "machine": machine(typed),
+        "default": default}
+    args = Options(sources={})
+    for option_name in default:
+        for source, values in defaults.items():
+            if option_name in values and option_name != "sources":
+                setattr(args, option_name, values[option_name])
+                args.sources[option_name] = source
+                break
+    if typed.get("pretrain") and args.weights != "toy":
+        raise ValueError(f"--pretrain: --weights {args.weights} is pretrained already")
     return args
 
 
-def fill_blanks(args):
-    """What was not typed comes from recipe and preset, and for a baseline from its own rates."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+def preset(typed):
+    """Options that follow from the names of data, weights and method."""
+    name = typed.get("data", "toy")
+    weights = typed.get("weights", "toy" if name == "toy" else "vitb14_reg4")
+    out = f"runs/{Path(name).resolve().name}"
+    if typed.get("method", "ivpt") != "ivpt":
+        out += f"_{typed['method']}"
+    if weights == "toy":
+        values = TOY_PRESET
+    elif ivpt.backbone_name(weights) in ivpt.ARCHITECTURES:
+        values = {}
+    else:
+        values = FILE_PRESET
+    return {f"weights {weights}": values, f"data {name}": dict(weights=weights, out=out)}
+
+
+def machine(typed):
+    device = typed.get("device", "cuda" if torch.cuda.is_available() else "cpu")
     workers = min(8, os.cpu_count()) if device == "cuda" else 1
-    preset = {"toy": TOY_PRESET, "cub": CUB_PRESET}.get(args.data, PRESET)
-    if args.method != "ivpt":  # our recipe is for IVPT
-        preset = preset | dict(recipe="paper")
-    defaults = RECIPES[args.recipe or preset["recipe"]] | preset
-    defaults |= dict(device=device, amp=has_bf16(device), workers=workers)
-    defaults["out"] = f"runs/{Path(args.data).resolve().name}"
-    if args.method != "ivpt":
-        from baselines import METHODS
-        if args.method not in METHODS:
-            raise ValueError(f"--method {args.method}: expected ivpt, {', '.join(METHODS)}")
-        defaults |= METHODS[args.method].rates | dict(start="noise", distance="euclidean")
-        defaults["out"] += f"_{args.method}"
-    weights = args.weights or preset["weights"]
-    if weights == "toy":  # little trained, so it learns along
-        defaults |= dict(tune="all", image_size=TOY_PRESET["image_size"])
-    elif ivpt.backbone_name(weights) not in ivpt.ARCHITECTURES:
-        defaults["image_size"] = None  # check_model takes that of the file
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.prototypes = tuple(args.prototypes)
+    return dict(device=device, amp=has_bf16(device), workers=workers)
 
 
-def take_run_options(args, typed):
-    """--resume: what was not typed is as in the run; what was must agree, or may change."""
-    path = Path(args.out) / "last.pt"
+def check_numbers(typed):
+    for name, value in typed.items():
+        lowest = 1 if name in ("epochs", "batch_size", "image_size") else 0
+        if isinstance(value, (int, float)) and not lowest <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected {lowest} or more")
+
+
+def options_of_run(typed):
+    """--resume: the options of the run in --out. What is typed beside it must agree, or may change.
+    """
+    path = Path(typed.get("out") or preset(typed)[f"data {typed.get('data', 'toy')}"]["out"])
+    path = path / "last.pt"
     if not path.is_file():
         raise FileNotFoundError(f"--resume: {path} is not there; name the run by --out")
-    for name, then in ivpt.read_checkpoint(path)["options"].items():
-        if name in typed and name not in MAY_CHANGE:
-            check_same(path, name, then, getattr(args, name))
-        elif name not in typed and name != "out":  # the folder may have been moved
-            setattr(args, name, then)
+    _, checkpoint = ivpt.load_checkpoint(path)
+    stored = checkpoint["options"]
+    for name, value in typed.items():
+        if name not in MAY_CHANGE:
+            check_same(path, name, stored[name], value)
+    if typed.get("epochs", math.inf) < checkpoint["epoch"]:
+        raise ValueError(f"--epochs {typed['epochs']}: {path} has finished {checkpoint['epoch']}")
+    values = {f.name: stored[f.name] for f in fields(Options)}
+    values |= typed | dict(out=str(path.parent))
+    values["sources"] = stored["sources"] | dict.fromkeys(typed, "typed")
+    return Options(**values)
 
 
 def check_same(path, name, then, now):
@@ -195,6 +217,15 @@ def has_bf16(device):
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def table_of(args):
+    """The options that are in use, a line each: name, value, and where the value is from."""
+    lines = []
+    for name, source in args.sources.items():
+        if source != "not used":
+            lines.append(f"{name:20}{str(getattr(args, name)):34}{source}")
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------------------------------ the losses
 # A is a smoothed attention map (B, K, h, w), the background last. Every loss is a scalar; weight 1.
 def classification(logits, labels):
@@ -204,9 +235,9 @@ def classification(logits, labels):
 
 def region_consistency(final, fused):
     """L_con = KL(final map, detached || fused map), both (B, G + 1, h, w); mean over patches."""
-    P = final.detach() + 1e-10
-    Q = fused + 1e-10
-    return (final.detach() * (P.log() - Q.log())).sum(1).mean()
+    P, Q = final.detach(), fused
+    log_ratio = (P + 1e-10).log() - (Q + 1e-10).log()  # shares can be 0, whose log is not finite
+    return (P * log_ratio).sum(1).mean()
 
 
 def total_variation(A):
@@ -267,9 +298,10 @@ def ivpt_losses(model, images, labels, theta):
     images (B, 3, S, S), labels (B,), theta (2, 3) the affine map T of the equivariance loss.
     Returns a dict of the eight scalars and "loss", their sum; and the logits (B, C).
     """
-    # The warped view needs no graph of the backbone: every map sees detached patches.
-    warped = model(data.warp(images, theta), backbone_graph=False)
-    maps_back = [data.unwarp(A, theta) for A in warped.attention]
+    # The warped view first: of its output the maps alone are used, which see detached patches. So
+    # its graph of the blocks is gone before the images' is built, and both fit into one's memory.
+    warped_maps = model(data.warp(images, theta)).attention
+    maps_back = [data.unwarp(A, theta) for A in warped_maps]
     out = model(images)
     maps = out.attention
     final = [maps[-1]] * len(out.fused)
@@ -287,43 +319,13 @@ def ivpt_losses(model, images, labels, theta):
     return losses, out.logits
 
 
-def method_losses(model, images, labels, theta):
-    """IVPT's losses (a baseline that is built on IVPT weighs some), or a baseline's own."""
-    if not isinstance(model, ivpt.IVPT):
-        losses, logits = model.losses(images, labels)
-        losses["loss"] = sum(losses.values())
-        return losses, logits
-    losses, logits = ivpt_losses(model, images, labels, theta)
-    if hasattr(model, "loss_weights"):
-        losses = {name: weight * losses[name] for name, weight in model.loss_weights.items()}
-        losses["loss"] = sum(losses.values())
-    return losses, logits
+ivpt.IVPT.losses = ivpt_losses  # model.Method asks for it; other methods bring their own
 
 
 # --------------------------------------------------------------------------------- the optimiser
-def parameter_groups(model, args):
-    """IVPT's parameters, with their rates at batch 16."""
-    fusions = [*model.fusions.named_parameters()]
-    prompt_heads = [p for name, p in fusions if ".head." in name]
-    groupings = [p for name, p in fusions if ".head." not in name]  # and the norms beside them
-    class_heads = [*model.classifier.parameters(), *model.votes.parameters()]
-    decay = 0.5 if args.votes == "all" else 0.0  # ours: docs/tuned.md
-    tuned = [p for p in model.backbone.parameters() if p.requires_grad]
-    return [
-        dict(params=[*model.norm.parameters(), *groupings], lr=args.lr),
-        dict(params=prompt_heads, lr=args.lr_fusion),
-        dict(params=class_heads, lr=args.lr, weight_decay=decay),
-        dict(params=[concept.prototypes for concept in model.concepts], lr=args.lr_prototypes),
-        dict(params=[concept.bias for concept in model.concepts], lr=args.lr_bias),
-        dict(params=tuned, lr=args.lr_backbone if args.tune == "all" else args.lr_prototypes)]
-
-
 def make_optimizer(model, args):
     """Adam; all rates are halved every four epochs. Only groups that ask for it decay (AdamW)."""
-    if args.method == "ivpt":
-        groups = parameter_groups(model, args)
-    else:
-        groups = model.parameter_groups(args)
+    groups = model.parameter_groups(args)
     for group in groups:
         group["lr"] *= (args.batch_size / 16) ** 0.5
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
@@ -388,6 +390,17 @@ def use_cores(args):
         torch.set_num_threads(max(1, os.cpu_count() - args.workers))
 
 
+def new_model(args, dataset, device):
+    """The model before its start. dataset: the training images; a toy ViT is pretrained on them."""
+    torch.manual_seed(args.seed)
+    backbone = ivpt.load_backbone(args.weights, args.image_size).to(device)
+    if args.weights == "toy" and args.pretrain:
+        from prepare.toy_vit import pretrain
+        pretrain(backbone, dataset, args.pretrain, device, args.amp, args.workers)
+    torch.manual_seed(args.seed)  # whatever the backbone drew
+    return ivpt.build(asdict(args), len(dataset.classes), backbone).to(device)
+
+
 def epoch_batches(num_images, args, epoch, rank=0, world=1):
     """This process's share of an epoch's batches: a list of lists of image indices.
 
@@ -400,80 +413,63 @@ def epoch_batches(num_images, args, epoch, rank=0, world=1):
     return batches[:, rank].tolist()
 
 
-def resume_run(path, args, dataset, model, optimizer, scheduler):
-    """Puts a run back where its last finished epoch left it. Returns how many are finished."""
-    checkpoint = ivpt.read_checkpoint(path)
-    check_same(path, "classes", checkpoint["classes"], dataset.classes)
-    check_same(path, "images", checkpoint["images"], len(dataset))
-    if hasattr(model, "after_epoch"):  # stages are counted from the last epoch
-        check_same(path, "epochs", checkpoint["options"]["epochs"], args.epochs)
-    ivpt.restore(model, checkpoint, path)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    scheduler.load_state_dict(checkpoint["scheduler"])
-    return checkpoint["epoch"]
-
-
 # ---------------------------------------------------------------------------------------- the run
 def train(args):
     """The run that the options describe. Returns its metrics, as in metrics.json."""
-    # Data and model. A folder that holds a run is refused before anything is downloaded.
+    # Folder and data. What cannot work is said before anything is downloaded.
     out = open_run_folder(args)
-    log = out / "log.jsonl"
-    check_model(args)
+    last, log = out / "last.pt", out / "log.jsonl"
+    if not args.resume:
+        check_model(args)
     use_cores(args)
-    device = evaluate.local_device(args.device)
-    rank, world = evaluate.start_processes(device)
+    device = data.local_device(args.device)
+    rank, world = data.start_processes(device)
     chief = rank == 0
     folder = data.find(args.data, args.data_root)
     split, test_split = ("fit", "val") if args.validate else ("train", "test")
     dataset = open_dataset(args, folder, split, world)
     unaugmented = data.Images(folder, split, "test", args.image_size)
     data.Images(folder, test_split, "test", args.image_size)  # needed at the end: checked now
-    torch.manual_seed(args.seed)
-    model = ivpt.build(asdict(args), len(dataset.classes)).to(device)
-    if not args.resume:
-        if args.weights == "toy" and args.pretrain:
-            from prepare.toy_vit import pretrain
-            pretrain(model.backbone, dataset, args.pretrain, device, args.amp, args.workers)
-            ivpt.tune_backbone(model.backbone, args.tune)  # what stays frozen is frozen again
-        if args.prototypes == ivpt.AUTO and args.method == "ivpt":
-            counts = ivpt.count_prototypes(model, unaugmented, args.seed)
-            args.prototypes = ivpt.PROTOTYPES[:-len(counts)] + counts  # --no-cross-layer: one
-            model = ivpt.build(asdict(args), len(dataset.classes), model.backbone).to(device)
-        if args.start == "kmeans" and args.method == "ivpt":
-            ivpt.start_prototypes(model, unaugmented, args.seed)
-        if hasattr(model, "start"):  # a baseline that starts from the images
-            model.start(unaugmented)
-    optimizer, scheduler = make_optimizer(model, args)
+
+    # Model and optimiser: new, or as the last finished epoch left them.
     finished = 0
     if args.resume:
-        finished = resume_run(out / "last.pt", args, dataset, model, optimizer, scheduler)
-    elif chief:  # --overwrite
-        for name in ("last.pt", "metrics.json", "metrics_val.json"):
-            (out / name).unlink(missing_ok=True)
+        model, checkpoint = ivpt.load_checkpoint(last)
+        model.to(device)
+        check_same(last, "classes", checkpoint["classes"], dataset.classes)
+        check_same(last, "images", checkpoint["images"], len(dataset))
+        if model.has_stages:  # they are counted from the last epoch
+            check_same(last, "epochs", checkpoint["options"]["epochs"], args.epochs)
+        finished = checkpoint["epoch"]
+    else:
+        model = new_model(args, dataset, device)
+        model.start(unaugmented, args)
+    optimizer, scheduler = make_optimizer(model, args)
+    if args.resume:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scheduler.load_state_dict(checkpoint["scheduler"])
     share_state(model, world)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    fingerprint = ivpt.fingerprint(model)  # of what stays frozen
+    compute_losses = torch.compile(model.losses) if args.compile else model.losses
     if chief:
-        ivpt.save(out / "config.json", json.dumps(asdict(args), indent=1) + "\n")
+        if not args.resume:  # --overwrite
+            for name in ("last.pt", "metrics.json", "metrics_val.json"):
+                (out / name).unlink(missing_ok=True)
+        data.save(out / "config.json", json.dumps(asdict(args), indent=1) + "\n")
         # A run that was killed may have logged one epoch more than it saved.
         lines = log.read_text().splitlines(keepends=True)[:finished] if finished else []
         log.write_text("".join(lines))
+        data.say(table_of(args))
         trained = sum(p.numel() for p in parameters)
-        precision = "bf16" if args.amp else "fp32"
-        data.say(f"{args.method}, recipe {args.recipe}, prototypes {args.prototypes}: "
-                 f"{trained:,} trained parameters, "
-                 f"{len(dataset)} images of {len(dataset.classes)} classes")
-        data.say(f"{device}, {precision}, processes: {world}")
+        data.say(f"{trained:,} trained parameters, {len(dataset)} images of "
+                 f"{len(dataset.classes)} classes, processes: {world}")
 
     # The loop.
-    compute_losses = torch.compile(method_losses) if args.compile else method_losses
     bad_steps = 0  # in a row
     for epoch in range(finished, args.epochs):
         began = time.time()
         model.train()
-        if hasattr(model, "set_epoch"):  # a baseline with stages
-            model.set_epoch(epoch, args.epochs)
+        model.before_epoch(epoch, args.epochs)
         dataset.epoch = epoch
         torch.manual_seed((1000 * args.seed + epoch) * 1000 + rank)  # a resumed run draws the same
         batches = epoch_batches(len(dataset), args, epoch, rank, world)
@@ -487,7 +483,7 @@ def train(args):
             labels = labels.to(device, non_blocking=True)
             theta = data.sample_affine()  # one affine map for all images
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                losses, logits = compute_losses(model, images, labels, theta)
+                losses, logits = compute_losses(images, labels, theta)
             optimizer.zero_grad()
             losses["loss"].backward()
             if world > 1:
@@ -506,8 +502,8 @@ def train(args):
             history.append({name: value.detach() for name, value in losses.items()})
 
         # The epoch's end: a line in the log, the checkpoint.
-        if hasattr(model, "after_epoch"):
-            model.after_epoch(epoch, args.epochs, unaugmented)
+        model.after_epoch(epoch, args.epochs, unaugmented)
+        if model.has_stages:
             share_state(model, world)
         line = dict(epoch=epoch + 1)
         for name in history[0] if history else ():
@@ -519,23 +515,22 @@ def train(args):
         if chief:
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            ivpt.save(out / "last.pt", dict(
+            data.save(last, dict(
                 options=asdict(args), classes=dataset.classes, images=len(dataset), epoch=epoch + 1,
-                model=ivpt.trained_state(model), fingerprint=fingerprint,
-                optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict()))
+                model=model.state_dict(), optimizer=optimizer.state_dict(),
+                scheduler=scheduler.state_dict()))
             minutes_left = (args.epochs - epoch - 1) * line["seconds"] / 60
             data.say(f"{json.dumps(line)} {minutes_left:.1f} minutes left")
 
     # The result.
-    recipe = {name: getattr(args, name) for name in evaluate.METHOD}
     metrics_file = out / ("metrics_val.json" if args.validate else "metrics.json")
     metrics = evaluate.evaluate(
         model, folder, args.image_size, workers=args.workers, amp=args.amp, seed=args.seed,
-        split=test_split, recipe=recipe)
+        split=test_split, recipe=evaluate.recipe_of(asdict(args)))
     if chief:
-        ivpt.save(metrics_file, json.dumps(metrics, indent=1) + "\n")
+        data.save(metrics_file, json.dumps(metrics, indent=1) + "\n")
         data.say(f"\n{evaluate.table(metrics)}\n")
-        next_step = ["python", "evaluate.py", "--ckpt", str(out / "last.pt")]
+        next_step = ["python", "evaluate.py", "--ckpt", str(last)]
         next_step += ["--visualize", str(out / "pictures")]
         if args.validate:
             next_step += ["--split", "val"]

@@ -17,13 +17,12 @@ mkdir -p "$out"
 kernel() {
     nvidia-smi --query-gpu=name,driver_version --format=csv
     python -m pytest -q test_ivpt.py -k "gpu"
-    python kernels.py
-    python -c 'import torch, kernels; kernels.benchmark(16, 1369, 768, 17, "cuda", torch.bfloat16)'
+    python explore/bench.py --kernel
 }
 
 step() {
-    for recipe in paper released tuned; do
-        python explore/bench.py --data cub --recipe $recipe --batch-size 16 | tail -n 3
+    for words in "--recipe paper" "--recipe released" "--method parts"; do
+        python explore/bench.py --data cub $words --batch-size 16 | tail -n 3
     done
     timeout 400 python explore/bench.py --data cub --recipe paper --batch-size 16 --compile |
         tail -n 3
@@ -40,12 +39,12 @@ one_run() {  # NAME SEED OPTIONS...
 train() {
     data=$1 weights=$2 runs=$(mktemp -d)
     {
-        for recipe in paper released tuned; do
+        for recipe in paper released; do
             for seed in 42 43 44; do
                 echo "$recipe $seed --recipe $recipe"
             done
         done
-        for method in $(python -c "import baselines; print(*baselines.METHODS)"); do
+        for method in $(python -c "import methods; print(*methods.METHODS)"); do
             for seed in 42 43 44; do
                 echo "$method $seed --method $method"
             done

@@ -1,4 +1,4 @@
-"""Why an image got its class: the likeliest ones, each concept's vote, the regions of all layers.
+"""Why an image got its class: the likeliest classes, every concept's vote, all layers' regions.
 
     python explore/explain.py --ckpt runs/cub/last.pt bird.jpg folder_of_images --out pictures
 """
@@ -29,10 +29,12 @@ class Explanation(NamedTuple):
 def explain(model, image, class_names, amp=False, names=None):
     """image (3, S, S) normalised -> Explanation. names: concept_names of every layer.
 
-    A concept's vote is its score of the winner less that of the runner-up, over the number of
-    concepts that vote: above zero it speaks for the winner. The votes sum to the margin of the two
-    logits. Where all layers vote, all but the ten strongest are summed up. Where every class has
-    prototypes of its own, those of other classes vote as one."""
+    A concept's vote is its score for the likeliest class minus its score for the second, divided by
+    the number of concepts that vote. A positive vote speaks for the likeliest class. The votes sum
+    to the margin between the two logits. If the concepts of all layers vote, the ten strongest
+    votes are listed and the others summed. If every class has prototypes of its own, those of all
+    other classes count as one vote.
+    """
     output = evaluate.forward(model, image[None], amp=amp)
     logits = output.logits[0].float()
     percents = 100 * logits.softmax(0)
@@ -55,7 +57,8 @@ def explain(model, image, class_names, amp=False, names=None):
 
 
 def concept_votes(values, colours, names):
-    """values: votes of the concepts of all layers, or of the last alone -> (name, vote, colour)."""
+    """values: votes of the concepts of all layers, or of the last layer's -> (name, vote, colour).
+    """
     all_layers = len(values) > len(colours[-1])
     concepts = []  # of every layer: (name, colour)
     for l, layer in enumerate(colours):
@@ -86,16 +89,16 @@ def describe(explanation):
         lines.append(f"{percent:5.1f} %  {name}")
     if explanation.votes:
         margin = total(explanation.votes)
-        lines.append(f"votes for the first class against the second, in all {margin:+.2f}:")
+        lines.append(f"votes for the first class over the second, {margin:+.2f} in total:")
     else:
-        lines.append("no votes: no concept scores the classes")
+        lines.append("no votes: this method's concepts do not score the classes")
     for name, vote, _ in explanation.votes:
         lines.append(f"{vote:+6.2f}  {name}")
     return lines
 
 
 def draw(picture, explanation):
-    """picture (3, S, S) uint8 -> PIL image: regions, then text; a vote has its concept's colour."""
+    """picture (3, S, S) uint8 -> PIL image: regions, then text; votes in their concept's colour."""
     row = panels(picture, torch.zeros(0, 3), explanation.maps, explanation.colours)
     strip = to_image(row, columns=len(row))
     lines = describe(explanation)
@@ -111,21 +114,32 @@ def draw(picture, explanation):
     return sheet
 
 
-def explain_files(model, paths, checkpoint, amp, run, out=None):
-    """Explains images, and all images of folders: prints the text, draws out/NUMBER_NAME.png.
-    run: the checkpoint's folder; its metrics.json, if it is there, names the concepts."""
+def find_images(paths):
+    """Files and folders -> the files, and all images in the folders that are not hidden."""
     files = []
     for path in map(Path, paths):
-        if path.is_dir():
-            images = [file for file in path.rglob("*") if file.suffix.lower() in data.SUFFIXES]
-            files += sorted(file for file in images if file.name[0] != ".")
-        else:
+        if not path.is_dir():
             files.append(path)
+            continue
+        for file in sorted(path.rglob("*")):
+            is_image = file.suffix.lower() in data.SUFFIXES
+            if is_image and file.name[0] != ".":
+                files.append(file)
     if not files:
         raise ValueError(f"{', '.join(map(str, paths))}: no image there")
+    return files
+
+
+def explain_files(model, paths, checkpoint, amp, run, out=None):
+    """Explains images, and all images in folders: prints the text and draws out/NUMBER_NAME.png.
+
+    run: the checkpoint's folder. If evaluate.py left metrics.json there, concepts have names.
+    """
+    files = find_images(paths)
     names = None
-    if (run / "metrics.json").is_file():
-        metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    metrics_file = run / "metrics.json"
+    if metrics_file.is_file():
+        metrics = json.loads(metrics_file.read_text(encoding="utf-8"))
         names = [concept_names(layer) for layer in metrics["layers"]]
     out = Path(out or run / "explained")
     out.mkdir(parents=True, exist_ok=True)
@@ -143,7 +157,7 @@ def main(argv=None):
     parser = data.one_line_parser(description=__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER")
     parser.add_argument("--ckpt", required=True, help="last.pt of a run")
-    parser.add_argument("--out", help="folder of the pictures; default: explained, in the run's")
+    parser.add_argument("--out", help="folder for the pictures (explained/, beside --ckpt)")
     args = parser.parse_args(argv)
     model, checkpoint = evaluate.load_run(args.ckpt)
     amp = checkpoint["options"]["amp"]

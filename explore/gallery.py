@@ -1,12 +1,12 @@
-"""The gallery: what every concept of a trained model sees, as one HTML page with its pictures.
+"""The gallery: what every concept of a trained model sees, on one HTML page.
 
     python evaluate.py --ckpt runs/cub/last.pt --visualize pictures  # open pictures/index.html
     python explore/gallery.py --ckpt runs/cub/last.pt --strip regions.jpg --images 1 2 3
 
-In the rows, maps are upsampled to the image before the argmax, so regions have smooth borders.
-A card shows where the upsampled margin of its concept is above 0. Colours mean the same in all
-layers: a coarse concept, of the last layer, has a hue; a fine concept is a shade of the coarse
-concept that it joins most (Output.groups). Background is pale.
+Maps are upsampled to the size of the image before the argmax, so regions have smooth borders. A
+concept's card shows where its upsampled margin over all others is positive. Colours mean the same
+in all layers: each coarse concept, of the last layer, has a hue. A fine concept is a shade of the
+coarse concept that it joins most (Output.groups). Background is pale.
 """
 import colorsys
 import html
@@ -31,15 +31,18 @@ import evaluate
 
 # ---- 1. Pictures -------------------------------------------------------------------------------
 def concept_colours(prototypes, parents):
-    """-> of every layer K - 1 colours (r, g, b). parents: for every prompted layer the coarse
-    concept that each fine one joins most. A layer without parents has a hue for each concept."""
+    """-> for each layer K - 1 colours (r, g, b).
+
+    parents: for each prompted layer, the coarse concept that each fine concept joins most. In a
+    layer without parents every concept has a hue of its own.
+    """
     layers = []
     for l, K in enumerate(prototypes):
         colours = []
         for k in range(K - 1):
             if l < len(parents):
                 parent = parents[l][k]
-                elder = parents[l][:k].count(parent)  # siblings before it: they are darker
+                elder = parents[l][:k].count(parent)  # earlier siblings are darker
                 lightness = 0.28 + 0.5 * (elder + 0.5) / parents[l].count(parent)
                 colours.append(shade(parent / (prototypes[-1] - 1), lightness))
             else:
@@ -54,8 +57,10 @@ def shade(hue, lightness):
 
 
 def concept_names(layer):
-    """A layer's metrics -> for each concept the part that it hits in most images, the two parts if
-    it hits the second nearly as often, or "" where it hits none or none are annotated."""
+    """A layer's metrics -> a name for each concept: the part that it hits in most images.
+
+    Two parts, if it hits the second nearly as often; "" if it hits none or none is annotated.
+    """
     names = []
     for parts in layer["parts_hit"] or [[]] * (layer["prototypes"] - 1):
         most = parts[0][1] if parts else 0
@@ -73,7 +78,8 @@ def paint_regions(picture, maps, colours):
     """picture (3, S, S) uint8, maps (K, h, w), K - 1 colours -> (3, S, S): concepts in colour."""
     winners = upsample(maps, picture.shape[2]).argmax(0)  # (S, S)
     masks = F.one_hot(winners, len(maps)).permute(2, 0, 1).bool()
-    grey = picture.float().mean(0).to(torch.uint8).expand(3, -1, -1)  # or its hues would mix in
+    grey = picture.float().mean(0)  # its own hues would mix with those of the concepts
+    grey = grey.to(torch.uint8).expand(3, -1, -1)
     return draw_segmentation_masks(grey, masks, alpha=0.6, colors=[*colours, (255, 255, 255)])
 
 
@@ -92,9 +98,9 @@ def to_image(pictures, columns):
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
 
 
-# ---- 2. What is gathered while the model sees the images ---------------------------------------
+# ---- 2. Collected while the model sees the images ----------------------------------------------
 class Gallery:
-    """images: data.Images in the test view. chosen: indices of those whose regions are shown."""
+    """images: data.Images in the test view. chosen: indices of the images whose regions we show."""
 
     def __init__(self, model, images, chosen=None):
         self.images = images
@@ -104,13 +110,14 @@ class Gallery:
             chosen = np.linspace(0, len(images) - 1, count).astype(int).tolist()
         self.chosen = chosen
         self.examples = {}  # index -> maps [(K, h, w)] of every layer, class, its probability
-        # Of every concept the nine strongest claims: strength, index, margin (h, w). Strength is
-        # its attention in the patches that it wins; margin its attention less the best of others.
+        # Each concept's nine strongest claims: strength, index, margin (h, w). The strength is its
+        # attention, summed over the patches it wins. The margin is its attention minus the largest
+        # of the others'.
         self.claims = [[[] for _ in range(K - 1)] for K in model.prototypes]
-        self.groups = []  # of prompted layers (K - 1, G): sums over images where a concept wins
+        self.groups = []  # per prompted layer (K - 1, G), summed over images where a concept wins
 
     def add(self, output, indices):
-        """An Output in the test view, and the indices (B,) of its images."""
+        """Takes the Output for a batch in the test view, and the indices (B,) of its images."""
         layers = [maps.float().cpu() for maps in output.attention]  # (B, K, h, w)
         probabilities, classes = output.logits.float().softmax(1).cpu().max(1)
         for i, index in enumerate(indices.tolist()):
@@ -148,7 +155,7 @@ class Gallery:
         image, _, points, _ = self.images[index]
         return data.denormalize(image), points
 
-    # ---- 3. Drawn afterwards -------------------------------------------------------------------
+    # ---- 3. Drawn at the end -------------------------------------------------------------------
     def strip(self, indices):
         """A row for each image: its key points, then the regions of every layer."""
         pictures = []
@@ -157,7 +164,7 @@ class Gallery:
         return to_image(pictures, 1 + len(self.prototypes))
 
     def sheet(self, claims):
-        """Nine images, pale but for the concept's region."""
+        """Nine images, pale except for the concept's region."""
         tiles = []
         for _, index, margin in claims:
             picture, _ = self.picture(index)
@@ -167,7 +174,7 @@ class Gallery:
         return to_image(tiles, 3)
 
     def write(self, folder, metrics, log):
-        """folder/index.html, folder/pictures. metrics: evaluate's dict. log: path of log.jsonl."""
+        """Writes folder/index.html and folder/pictures. log: path of the run's log.jsonl."""
         pictures = folder / "pictures"
         pictures.mkdir(parents=True, exist_ok=True)
         for index in self.examples:
@@ -191,7 +198,8 @@ class Gallery:
         (folder / "index.html").write_text(PAGE.format(links=links, body=body), encoding="utf-8")
 
     def chips(self, layers):
-        """The layers' metrics -> of every layer each concept's number, colour and name, as HTML."""
+        """The layers' metrics -> for each layer its concepts' numbers, colours and names, as HTML.
+        """
         chips = []
         for layer, colours in zip(layers, self.colours()):
             chips.append([])
@@ -235,9 +243,9 @@ class Gallery:
         return text
 
     def hierarchy_section(self, chips):
-        """A row for each coarse concept: in every layer the fine concepts that join it most."""
+        """A row for each coarse concept: the fine concepts of each layer that join it most."""
         if not self.groups:
-            return "<p>This model groups nothing: no hierarchy.</p>"
+            return "<p>This model does not group concepts: no hierarchy.</p>"
         heads = "".join(f"<th>layer {l + 1}" for l in range(len(self.groups)))
         text = f"{HIERARCHY}<tr><th>layer {len(chips)}{heads}"
         for g, chip in enumerate(chips[-1]):
@@ -252,7 +260,7 @@ class Gallery:
         return text + "</table>"
 
     def thumbnail(self, l, k, chip, note):
-        """A concept's strongest claim, its chip and a note."""
+        """A concept's strongest image, its chip and a note."""
         image = ""
         if self.claims[l][k]:
             image = f"<img src='pictures/concept_{l + 1}_{k + 1}.jpg' alt=''>"
@@ -260,13 +268,13 @@ class Gallery:
 
 
 def curves_section(log):
-    """Small multiples of every number in log.jsonl, as SVG."""
+    """A small curve for every number in log.jsonl, as SVG."""
     curves = {}
     for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
         try:
             row = json.loads(line)
         except ValueError:
-            continue  # a line that a kill cut off
+            continue  # the run was killed while it wrote this line
         for name, value in row.items():
             if name != "epoch" and isinstance(value, (int, float)) and math.isfinite(value):
                 curves.setdefault(name, []).append(value)
@@ -304,35 +312,36 @@ polyline {{ fill: none; stroke: #2563a8 }}
 .first img {{ width: 300% }}
 </style><h1>What each concept sees</h1>{links}{body}
 """
-REGIONS = """<p>The image with its key points, the regions of every layer; pale is background.
-A concept of the last layer has a hue, a fine concept is a shade of the one that it joins most.
-Where a model groups nothing, colours start afresh in every layer. Rest the pointer on a row to
-read the names of its key points, on a number to read the name of its concept.</p>"""
+REGIONS = """<p>Each image with its key points, then the regions of every layer. Background is pale.
+Each concept of the last layer has a hue; a fine concept is a shade of the one it joins most. If a
+model does not group concepts, colours start afresh in every layer. Hover over a row for the names
+of its key points, over a number for the name of its concept.</p>"""
 CHIP = "<i style='background:rgb{colour}' title='{name}'>{number}</i><span> {name}</span>"
 EXAMPLE = """<figure><img src='pictures/image_{index}.jpg' alt=''
 title='From left to right: {points}'>image {index}: predicted <b>{guess}</b> ({percent:.0f} %),
-<span class={look}>truly {truth}</span></figure>"""
-CONCEPTS = """<p>The nine images in which each concept claims most, and its region there. Below, the
-three parts that it hits in most images, each with the share of the images that show it: a part is
-hit within 36 of 224 pixels of the peak of the concept's map. The first names the concept, with the
-second if that is hit nearly as often. A small spread of the peaks means one fixed spot. Where
-every class has prototypes of its own, 1 is the first of the image's class.</p>"""
+<span class={look}>true class {truth}</span></figure>"""
+CONCEPTS = """<p>The nine images in which each concept is strongest, with its region in colour.
+Below, the three parts it hits most often, in percent of the images that show the part. A part is
+hit if it lies within 36 of 224 pixels of the peak of the concept's map. The first part names the
+concept, together with the second if that is hit nearly as often. A small spread of the peaks means
+that the concept looks at one fixed spot. If every class has prototypes of its own, concept 1 is the
+first prototype of the image's class.</p>"""
 CARD = """<figure><img src='pictures/concept_{l}_{k}.jpg' alt=''><b>{chip}</b><br>{parts}<br>
 <small>{share:.3g} % of patches, peak spread {spread:.0f} px</small></figure>"""
-HIERARCHY = """<p>Each concept of the last layer, then in every layer the fine concepts that join it
-most, with the mean grouping over the images where they win a patch.</p><table>"""
+HIERARCHY = """<p>Each concept of the last layer, then the fine concepts of every layer that join it
+most. The percentage is the mean grouping over the images in which they win a patch.</p><table>"""
 CURVE = """<figure>{name} <b>{last:.4g}</b><svg viewBox='0 0 200 96'><polyline points='{points}'/>
 <text x='5' y='92'>{low:.3g} to {high:.3g}, {count} epochs</text></svg></figure>"""
 
 
-# ---- 4. Some rows of it, for README.md ---------------------------------------------------------
+# ---- 4. A few rows as one picture, for README.md -----------------------------------------------
 @torch.inference_mode()
 def main(argv=None):
-    parser = data.one_line_parser(description="Draw the regions of all layers in some test images.")
+    parser = data.one_line_parser(description="Draw all layers' regions for a few test images.")
     parser.add_argument("--ckpt", required=True, help="last.pt of a run")
     parser.add_argument("--strip", required=True, metavar="FILE", help="the picture to write")
     parser.add_argument("--images", type=int, nargs="+", default=[0, 1, 2], metavar="N",
-                        help="numbers of the test images, as in the gallery")
+                        help="numbers of test images, as in the gallery")
     args = parser.parse_args(argv)
     model, checkpoint = evaluate.load_run(args.ckpt)
     images = evaluate.load_images(checkpoint)
@@ -342,7 +351,7 @@ def main(argv=None):
     amp = checkpoint["options"]["amp"]
     for batch, labels, _, indices in tqdm(DataLoader(images, 32), leave=False, disable=None):
         output = evaluate.forward(model, batch, labels, amp)
-        gallery.add(output, indices)  # all images, for the groups
+        gallery.add(output, indices)  # all images count for the groups, so for the colours
     gallery.strip(args.images).save(args.strip, quality=88)
 
 

@@ -1,10 +1,10 @@
-"""What the gallery and the explanation of an image show, on small inputs."""
+"""Tests of the scripts in explore/, on small inputs."""
 import colorsys
 import json
 import math
 import re
 import sys
-from dataclasses import asdict
+import time
 from pathlib import Path
 
 import pytest
@@ -14,10 +14,12 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import evaluate
+import kernels
 import model as ivpt
 import train
-from explore import bench, diagnose, explain, gallery
-from prepare import toy_birds
+from explore import bench, count_prototypes, diagnose, explain, gallery
+from methods import METHODS
+from prepare import toy_birds, toy_vit
 
 
 class FakeImages(torch.utils.data.Dataset):
@@ -94,7 +96,7 @@ def test_a_fine_concept_is_a_shade_of_its_coarse_concept():
 def test_regions_are_upsampled_before_the_argmax():
     maps = torch.eye(4).view(2, 2, 4).permute(2, 0, 1)  # a quarter each, background below right
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
-    picture = torch.full((3, 64, 64), 100, dtype=torch.uint8)
+    picture = torch.tensor([40, 100, 160], dtype=torch.uint8)[:, None, None].expand(3, 64, 64)
     painted = gallery.paint_regions(picture, maps, colours)
     for (y, x), colour in (((8, 8), colours[0]), ((8, 56), colours[1]), ((56, 8), colours[2]),
                            ((56, 56), (255, 255, 255))):
@@ -179,7 +181,7 @@ def test_votes_sum_to_the_margin_of_the_logits():
     name, vote, _ = votes[2]
     assert name == "prototypes of other classes" and vote == pytest.approx(0.25)
     lines = explain.describe(found)
-    assert lines[0] == " 62.2 %  001.Black_<b>bird" and "in all +0.50" in lines[2]
+    assert lines[0] == " 62.2 %  001.Black_<b>bird" and "+0.50 in total" in lines[2]
     assert lines[3:] == [" +1.00  concept 1", " -0.50  concept 2"]
     sheet = explain.draw(torch.zeros(3, 56, 56, dtype=torch.uint8), found)
     shown = {colour for _, colour in sheet.getcolors(10 ** 6)}
@@ -187,22 +189,32 @@ def test_votes_sum_to_the_margin_of_the_logits():
     assert hue(found.colours[0][1]) == pytest.approx(hue(found.colours[1][1]), abs=0.02)
 
 
-@pytest.mark.parametrize("votes", ["coarse", "all"])
-def test_votes_of_all_layers_sum_to_the_margin(votes):
+def random_model(method, num_classes):
+    """A method on the toy ViT whose parameters and buffers are random."""
     torch.manual_seed(0)
-    model = ivpt.IVPT(ivpt.load_backbone("toy", 56), 3, votes=votes).eval()
+    model = ivpt.find_method(method)(toy_vit.new_backbone(56), num_classes)
+    for x in [*model.parameters(), *model.buffers()]:
+        if x.is_floating_point():
+            torch.nn.init.normal_(x, std=0.1)
+        else:  # parents of Parts: coarse concepts
+            x.random_(4)
+    return model.eval()
+
+
+@pytest.mark.parametrize("method", ["ivpt", "parts"])
+def test_votes_of_one_layer_or_of_all_sum_to_the_margin(method):
+    model = random_model(method, 3)
     image = torch.randn(3, 56, 56)
     sizes = [K - 1 for K in model.prototypes]
     names = [[f"part {l}.{k}" for k in range(K)] for l, K in enumerate(sizes)]
     found = explain.explain(model, image, ["a", "b", "c"], names=names)
-    with torch.no_grad():
-        output = model(image[None])
+    output = model(image[None])
     logits, classes = output.logits[0].sort(descending=True)
     scores = output.concept_logits[0][:, classes]
     expected = (scores[:, 0] - scores[:, 1]) / len(scores)
     total = sum(vote for _, vote, _ in found.votes)
     assert total == pytest.approx((logits[0] - logits[1]).item(), abs=1e-5)
-    if votes == "coarse":
+    if method == "ivpt":  # the last layer votes
         concepts, order = [(4, k) for k in range(4)], range(4)
     else:
         concepts = [(l, k) for l, K in enumerate(sizes) for k in range(K)]
@@ -210,10 +222,12 @@ def test_votes_of_all_layers_sum_to_the_margin(votes):
         assert found.votes[10][0] == "all other concepts (40)" and len(found.votes) == 11
     for (name, vote, colour), i in zip(found.votes, order):
         l, k = concepts[i]
-        layer = "" if votes == "coarse" else f"layer {l + 1}, "
+        layer = "" if method == "ivpt" else f"layer {l + 1}, "
         assert name == f"{layer}concept {k + 1}, part {l}.{k}"
         assert vote == pytest.approx(expected[i].item(), abs=1e-5)
         assert colour == found.colours[l][k]
+    parents = [groups[0].argmax(1).tolist() for groups in output.groups]
+    assert found.colours == gallery.concept_colours(model.prototypes, parents)
     assert len(explain.describe(found)) == 3 + 1 + len(found.votes)
 
 
@@ -230,10 +244,11 @@ def test_the_scripts(tmp_path, monkeypatch, capsys):
     (birds / "more").mkdir()
     (birds / "b.png").rename(birds / "more" / "b.png")
     (birds / "notes.txt").write_text("no image")
+    (birds / ".c.png").write_text("hidden")
     ckpt = ["--ckpt", str(tmp_path / "run" / "last.pt")]
     explain.main([*ckpt, str(birds), str(birds / "a.png")])
     drawn = sorted(file.name for file in (tmp_path / "run" / "explained").iterdir())
-    assert drawn == ["1_a.png", "2_b.png", "3_a.png"] and len(list(birds.rglob("*"))) == 4
+    assert drawn == ["1_a.png", "2_b.png", "3_a.png"] and len(list(birds.rglob("*"))) == 5
     assert "-0.50  concept 2\n" in capsys.readouterr().out
     (tmp_path / "run" / "metrics.json").write_text(json.dumps(dict(layers=concept_layers())))
     evaluate.main([*ckpt, "--image", str(birds / "more")])
@@ -244,39 +259,224 @@ def test_the_scripts(tmp_path, monkeypatch, capsys):
         gallery.main([*ckpt, "--strip", str(tmp_path / "strip.jpg"), "--images", "12"])
 
 
-def test_bench_prints_a_table(monkeypatch, capsys):
+# ---- scripts on a run --------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory):
+    """A folder with an image of each species for training and one for testing, and a ViT."""
+    folder = tmp_path_factory.mktemp("birds")
+    toy_birds.draw(folder / "birds", num_train=1, num_test=1)
+    torch.manual_seed(0)
+    torch.save(toy_vit.new_backbone(56).state_dict(), folder / "vit.pth")
+    return folder
+
+
+def options_of(birds, *words):
+    return ["--data", str(birds / "birds"), "--weights", str(birds / "vit.pth"), "--device", "cpu",
+            "--image-size", "56", "--batch-size", "2", "--no-amp", "--workers", "0", *words]
+
+
+def new_run(birds, folder, *words):
+    """-> the model before its first step, as train.py makes it, and the path of its checkpoint."""
+    args = train.parse(options_of(birds, *words))
+    images = data.Images(birds / "birds", "train", "test", 56)
+    model = train.new_model(args, images, images, torch.device("cpu"))
+    path = folder / "last.pt"
+    data.save(path, dict(options=vars(args), classes=images.classes, model=model.state_dict()))
+    return model.eval(), path
+
+
+@pytest.mark.parametrize("method", ["ivpt", *METHODS])
+def test_every_method_is_drawn_and_explained(method, birds, tmp_path, capsys):
+    model, ckpt = new_run(birds, tmp_path, "--method", method)
+    gallery.main(["--ckpt", str(ckpt), "--strip", str(tmp_path / "strip.jpg"), "--images", "1"])
+    assert Image.open(tmp_path / "strip.jpg").size == (61 * (1 + len(model.prototypes)) + 5, 66)
+    image = next((birds / "birds").rglob("*.jpg"))
+    explain.main(["--ckpt", str(ckpt), "--out", str(tmp_path), str(image)])
+    assert (tmp_path / f"1_{image.stem}.png").is_file()
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if " %  " in line]) == 5  # the likeliest classes
+    has_votes = any("votes for the first class" in line for line in lines)
+    assert has_votes != any("no votes" in line for line in lines)
+    assert has_votes == (method in ("ivpt", "parts", "vpt-deep-proto", "protopnet", "huang",
+                                    "tesnet", "protopool"))
+
+
+@pytest.mark.parametrize("start", ["noise", "clusters"])
+def test_diagnose_measures_each_layer(start, birds, tmp_path, capsys):
+    model, ckpt = new_run(birds, tmp_path, "--start", start)
+    with torch.no_grad():
+        for concept in model.concepts:
+            concept.prototypes[:, 0] += 2
+            concept.bias[0] = 0.1
+            concept.bias[-1, -1] = -0.5
+    data.save(ckpt, torch.load(ckpt) | dict(model=model.state_dict()))
+    diagnose.main(["--ckpt", str(ckpt), "--images", "3"])
+    _, *lines = capsys.readouterr().out.splitlines()
+    test = data.Images(birds / "birds", "test", "test", 56)
+    images = torch.stack([test[i][0] for i in (0, 4, 9)])
+    with torch.no_grad():
+        attention = model(images).attention
+        patches = model.backbone.last_patches(images, 5)
+    for l, (line, A) in enumerate(zip(lines, attention, strict=True)):
+        layer, patch, prototype, moved, gap, concepts, bias_std, bias_max = line.split()
+        assert int(layer) == l + 1
+        assert float(patch) == pytest.approx(patches[l].norm(dim=2).mean().item(), rel=1e-3)
+        lengths = model.concepts[l].prototypes.norm(dim=1)
+        assert float(prototype) == pytest.approx(lengths.mean().item(), rel=1e-3)
+        assert moved == ("-" if start == "clusters" else "2")
+        shares = A.log().flatten(2).sort(dim=1).values  # (3, K, N)
+        median = (shares[:, -1] - shares[:, -2]).median().item()
+        assert float(gap) == pytest.approx(median, rel=1e-3)
+        winners = [set(winner.flatten().tolist()) - {A.shape[1] - 1} for winner in A.argmax(1)]
+        expected = sum(map(len, winners)) / 3
+        assert float(concepts) == pytest.approx(expected, rel=1e-3)
+        assert float(bias_std) == pytest.approx(model.concepts[l].bias.std().item(), rel=1e-3)
+        assert float(bias_max) == 0.5
+
+
+def test_diagnose_of_other_methods(birds, tmp_path, capsys):
+    """Parts have clusters without a bias; what has no clusters is refused in one line."""
+    _, ckpt = new_run(birds, tmp_path, "--method", "parts")
+    diagnose.main(["--ckpt", str(ckpt)])
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    for line in lines:
+        _, patch, _, *rest = line.split()
+        assert float(patch) == pytest.approx(128 ** 0.5, abs=0.1)  # relative: length sqrt(D)
+        assert [rest[i] for i in (0, 3, 4)] == ["-", "-", "-"]
+    _, ckpt = new_run(birds, tmp_path, "--method", "protopnet")
+    with pytest.raises(ValueError, match=r"\AProtoPNet: its prototypes are not clusters.*\Z"):
+        diagnose.main(["--ckpt", str(ckpt)])
+
+
+# ---- the number of prototypes ------------------------------------------------------------------
+def planted(owners, noise=1):
+    """Patches (n, 8) around the corners that own them."""
+    generator = torch.Generator().manual_seed(0)
+    return 10 * torch.eye(8)[owners] + noise * torch.randn(len(owners), 8, generator=generator)
+
+
+def test_clusters_count_if_both_halves_of_the_images_have_them():
+    generator = torch.Generator().manual_seed(0)
+    five = torch.randint(5, (200,), generator=generator)
+    assert count_prototypes.count_clusters(planted(torch.cat([five, five])), seed=0) == 5
+    wide = planted(torch.cat([five, five]), noise=3.5)  # Jaccard index 0.83 at worst
+    assert count_prototypes.count_clusters(wide, seed=0) == 5
+    four = torch.randint(4, (200,), generator=generator)
+    assert count_prototypes.count_clusters(planted(torch.cat([five, four])), seed=0) < 5
+    one = torch.randn(400, 8, generator=generator)
+    assert count_prototypes.count_clusters(one, seed=0) < 4
+
+
+@pytest.mark.parametrize("words, num_layers", [
+    (["--weights", "toy", "--pretrain", "2"], 5),
+    (["--method", "parts", "--weights", "toy", "--pretrain", "0"], 5),
+    (["--no-cross-layer"], 1),
+    (["--validate"], 5),
+])
+def test_the_counts_are_printed_as_an_option(words, num_layers, birds, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(count_prototypes, "count_clusters", lambda e, seed: len(e) % 7 + 1)
+    monkeypatch.setattr(toy_vit, "pretrain", lambda *call: calls.append(call))
+    words = options_of(birds, *words)
+    count_prototypes.main(words)
+    line = capsys.readouterr().out
+    args = train.parse(words)
+    assert line.count("\n") == 1 and len(calls) == (args.pretrain > 0)
+    if calls:
+        backbone, dataset, epochs, *_ = calls[0]
+        assert dataset.view == "train" and epochs == 2
+
+    torch.manual_seed(args.seed)  # as in train.py
+    model = ivpt.build(vars(args), 10, ivpt.load_backbone(args.weights, 56))
+    dataset = data.Images(birds / "birds", "fit" if args.validate else "train", "test", 56)
+    samples = model.sample_regions(dataset, args.seed)
+    expected = tuple(len(e[foreground]) % 7 + 2 for e, foreground, _ in samples)
+    assert len(expected) == num_layers
+    assert train.parse([*words, *line.split()]).prototypes == expected
+
+
+def test_methods_without_clusters_have_no_count(birds):
+    with pytest.raises(ValueError, match=r"\AVPTDeep: its prototypes are not clusters.*\Z"):
+        count_prototypes.main(options_of(birds, "--method", "vpt-deep"))
+
+
+# ---- the benchmarks ----------------------------------------------------------------------------
+@pytest.mark.parametrize("method", ["ivpt", "e2vpt"])
+def test_bench_prints_the_row_of_a_step(method, birds, monkeypatch, capsys):
+    def pretend(run, device):
+        run()
+        calls.append(run.__name__)
+        if len(calls) <= 2:  # warm-up
+            return 100.0
+        return 3.0 if run.__name__ == "forward" else 12.0
+
+    calls = []
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(bench, "WARM_UP", 0)
+    monkeypatch.setattr(bench, "WARM_UP", 1)
     monkeypatch.setattr(bench, "ROUNDS", 1)
-    options = ["--image-size", "56", "--batch-size", "2", "--device", "cpu", "--no-amp"]
-    monkeypatch.setattr(sys, "argv", ["bench.py", *options])
-    bench.main()
+    monkeypatch.setattr(bench, "seconds", pretend)
+    bench.main(options_of(birds, "--method", method))
     header, _, row = capsys.readouterr().out.splitlines()
-    assert header.count("|") == row.count("|") and "| toy |" in row
+    row = dict(zip(re.findall(r"\w+", header), row.strip("| ").split(" | "), strict=True))
+    assert calls == 2 * ["forward", "step"]
+    assert row["method"] == method and row["dtype"] == "fp32" and row["batch_size"] == "2"
+    assert float(row["forward_ms"]) == 1500 and float(row["step_ms"]) == 6000  # of two images
+    assert float(row["ratio"]) == 4 and float(row["peak_gib_above_model"]) >= 0
 
 
-def test_bench_counts_memory_on_every_system(monkeypatch):
-    linux = bench.peak_gib(torch.device("cpu"))
+def test_a_step_is_a_training_step(birds):
+    args = train.parse(options_of(birds))
+    model = ivpt.build(vars(args), bench.NUM_CLASSES, bench.random_backbone(args)).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    bench.make_step(model, torch.randn(2, 3, 56, 56), args)()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == (not p.requires_grad), name
+
+
+def test_a_named_backbone_is_not_downloaded(monkeypatch):
+    monkeypatch.setattr(ivpt, "download_weights", lambda name: pytest.fail(name))
+    args = train.parse(["--weights", "dinov2_vits14_reg", "--image-size", "56"])
+    assert bench.random_backbone(args).registers == 4
+
+
+def test_time_and_memory_are_measured(monkeypatch):
+    device = torch.device("cpu")
+    assert 0.02 <= bench.seconds(lambda: time.sleep(0.02), device) < 0.2
+    linux = bench.peak_gib(device)
     monkeypatch.setattr(sys, "platform", "darwin")  # its unit is a byte, not a KiB
     assert 0.05 < linux < 50
-    assert bench.peak_gib(torch.device("cpu")) == pytest.approx(linux / 1024, rel=0.2)
+    assert bench.peak_gib(device) == pytest.approx(linux / 1024, rel=0.2)
     monkeypatch.setitem(sys.modules, "resource", None)  # Windows
-    assert math.isnan(bench.peak_gib(torch.device("cpu")))
+    assert math.isnan(bench.peak_gib(device))
 
 
-def test_diagnose_prints_a_line_for_each_layer(tmp_path, monkeypatch, capsys):
-    toy_birds.draw(tmp_path / "birds", num_train=1, num_test=1)
-    args = train.parse(["--data", str(tmp_path / "birds"), "--weights", "toy", "--image-size", "56",
-                        "--distance", "relative", "--device", "cpu"])
-    torch.manual_seed(args.seed)  # as in train.py
-    model = ivpt.build(asdict(args), num_classes=10)
-    ckpt = tmp_path / "last.pt"
-    ivpt.save(ckpt, dict(options=asdict(args), classes=list(toy_birds.SPECIES), epoch=1,
-                         model=ivpt.trained_state(model), fingerprint=ivpt.fingerprint(model)))
-    monkeypatch.setattr(sys, "argv", ["diagnose.py", "--ckpt", str(ckpt), "--images", "3"])
-    diagnose.main()
-    header, *layers = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[0] for line in layers] == ["1", "2", "3", "4", "5"]
-    for line in layers:
-        assert float(line[1]) == pytest.approx(128 ** 0.5, abs=0.1)  # relative: length sqrt(D)
-        assert float(line[3]) == 0  # prototypes have not moved yet
+@pytest.mark.parametrize("form", [bench.two_reads, bench.product])
+def test_the_kernels_rivals_compute_the_same(form):
+    generator = torch.Generator().manual_seed(0)
+    x, prototypes, bias = (torch.randn(shape, generator=generator)
+                           for shape in ((2, 9, 16), (3, 16), (3, 9)))
+    inputs = x, 0.3 * prototypes, 0.3 * bias
+    expected = kernels.prototype_attention_reference(*inputs)
+    for found, tensor in zip(form(*inputs), expected, strict=True):
+        torch.testing.assert_close(found, tensor, atol=1e-5, rtol=1e-4)
+    leaves = [t.requires_grad_() for t in inputs]
+    outputs = kernels.prototype_attention_reference(*leaves)
+    (sum(output.square().sum() for output in outputs) / 2).backward()
+    for found, leaf in zip(bench.call(form, inputs, backward=True), leaves, strict=True):
+        torch.testing.assert_close(found, leaf.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_bench_prints_a_line_for_each_form_of_the_kernel(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(bench, "SHAPES", ((32, 50, 24, 3), (8, 9, 16, 2)))
+    monkeypatch.setattr(bench, "ROUNDS", 1)
+    bench.main(["--kernel"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("CPU") and len(lines) == 1 + 2 * (1 + 3 * 2)
+    assert lines[1].startswith("B 1, N 50, D 24, K 3, torch.float32; a copy")
+    assert [line.split()[:2] for line in lines[2:8]] == [
+        [form, kind] for form in ("ours", "two_reads", "product") for kind in ("fwd", "fwd+bwd")]
+    assert all(float(line.split()[2]) > 0 for line in lines[2:8])
+    with pytest.raises(ValueError, match="expected no other option"):
+        bench.main(["--kernel", "--amp"])

@@ -125,7 +125,7 @@ def check(folder, images):
         written = [image for image in images if image["train"] == (split == "train")]
         labels = [image["label"] for image in written]
         num_visible = sum(point[3] for image in written for point in image["points"])
-        found = data.Images(folder, split, "box", data.FRAME)
+        found = data.Images(folder, split, "box", 224)
         if found.labels.tolist() != labels or found.keypoints[..., 2].sum() != num_visible:
             raise ValueError(f"{folder}: what was written does not read back")
         found[0]  # opens an image

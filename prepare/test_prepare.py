@@ -4,11 +4,13 @@ import itertools
 import json
 import shutil
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
@@ -109,7 +111,9 @@ def test_the_toy_vit_learns_species_and_pixels(tmp_path, monkeypatch):
     monkeypatch.setattr(toy_birds, "ZOOM", 1)
     toy_birds.draw(tmp_path / "birds", num_train=8, num_test=1)
     dataset = data.Images(tmp_path / "birds", "train", "train", 56)
-    backbone = ivpt.load_backbone("toy", 56)
+    backbone = toy_vit.new_backbone(56).requires_grad_(False)
+    assert not backbone.training and backbone.grid == (7, 7)
+    assert toy_vit.new_backbone().image_size == 112
     before = {name: p.detach().clone() for name, p in backbone.named_parameters()}
     errors, mse_loss = [], F.mse_loss
 
@@ -121,6 +125,7 @@ def test_the_toy_vit_learns_species_and_pixels(tmp_path, monkeypatch):
     toy_vit.pretrain(backbone, dataset, 6, torch.device("cpu"), amp=False, workers=1)
     unmoved = {name for name, p in backbone.named_parameters() if torch.equal(p, before[name])}
     assert unmoved == {"mask_token"}
+    assert not backbone.training and not any(p.requires_grad for p in backbone.parameters())
     assert len(errors) == 6 * 5 and sum(errors[-5:]) < 0.8 * sum(errors[:5])
 
 
@@ -136,6 +141,138 @@ def test_a_failing_script_leaves_nothing_and_a_second_one_takes_the_folder_of_th
         (second / "file").write_text("second")
     assert (tmp_path / "new/file").read_text() == "first"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+# ---- weights in other people's names -------------------------------------------------------------
+FAMILIES = {"plain": {}, "registers": dict(registers=4), "swiglu": dict(swiglu=96),
+            "swiglu_registers": dict(swiglu=96, registers=4)}
+
+
+def small_vit(**family):
+    """All of its weights are random, so none can stand in for another."""
+    torch.manual_seed(0)
+    vit = ivpt.VisionTransformer(width=128, depth=3, patch_size=14, pos_grid=5, **family)
+    for p in vit.parameters():
+        nn.init.normal_(p, std=0.1)
+    return vit.eval()
+
+
+def in_a_checkpoint(state):
+    """Of a teacher and a student with heads, as DINO's and DINOv2's training writes it."""
+    teacher = {"backbone." + name: x for name, x in state.items()}
+    student = {"module." + name: torch.zeros_like(x) for name, x in teacher.items()}
+    heads = {"dino_head.mlp.0.weight": torch.zeros(3), "ibot_head.norm.weight": torch.zeros(3)}
+    return {"student": student, "teacher": teacher | heads, "args": Namespace(lr=1), "epoch": 3}
+
+
+def in_chunks(state):
+    """Blocks 0 and 1 in chunk 0, block 2 in chunk 1, all inside two wrappers."""
+    chunks = {"blocks.0.": "blocks.0.0.", "blocks.1.": "blocks.0.1.", "blocks.2.": "blocks.1.2."}
+    chunked = {}
+    for name, x in state.items():
+        chunked["module.model." + chunks.get(name[:9], name[:9]) + name[9:]] = x
+    return {"state_dict": chunked, "optimizer": {"state": {0: torch.ones(2)}}}
+
+
+def in_timms_names(state):
+    state = {name.replace("mlp.w12", "mlp.fc1").replace("mlp.w3", "mlp.fc2"): x
+             for name, x in state.items() if name != "mask_token"}
+    if "register_tokens" in state:
+        cls, grid = state["pos_embed"].split([1, 25], dim=1)
+        state["reg_token"] = state.pop("register_tokens")
+        state["cls_token"], state["pos_embed"] = state["cls_token"] + cls, grid
+    return state | {"head.weight": torch.zeros(10, 128), "fc_norm.weight": torch.zeros(128)}
+
+
+def in_hugging_faces_names(state):
+    outside = {"patch_embed.proj": "patch_embeddings.projection",
+               "pos_embed": "position_embeddings"}
+    inside = {"attn.proj": "attention.output.dense", "ls1.gamma": "layer_scale1.lambda1",
+              "ls2.gamma": "layer_scale2.lambda1", "mlp.w12": "mlp.weights_in",
+              "mlp.w3": "mlp.weights_out"}
+    renamed = {"classifier.weight": torch.zeros(10, 256)}
+    for name, x in state.items():
+        if name.startswith("norm."):
+            renamed["dinov2.layer" + name] = x
+        elif not name.startswith("blocks."):
+            for metas, theirs in outside.items():
+                name = name.replace(metas, theirs)
+            renamed["dinov2.embeddings." + name] = x
+        else:
+            name = name.replace("blocks.", "dinov2.encoder.layer.")
+            for metas, theirs in inside.items():
+                name = name.replace(metas, theirs)
+            if "attn.qkv" in name:
+                for part, third in zip(("query", "key", "value"), x.chunk(3)):
+                    renamed[name.replace("attn.qkv", f"attention.attention.{part}")] = third
+            else:
+                renamed[name] = x
+    return renamed
+
+
+def without_scales(state):
+    """DINO v1 and timm's supervised ViTs."""
+    return {name: x for name, x in state.items() if ".ls" not in name and name != "mask_token"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("bring", [in_a_checkpoint, in_chunks, in_timms_names,
+                                   in_hugging_faces_names, without_scales])
+def test_weights_from_elsewhere_give_the_same_tokens(bring, family, tmp_path):
+    backbone = small_vit(**FAMILIES[family])
+    nn.init.zeros_(backbone.mask_token)
+    if bring is without_scales:
+        for block in backbone.blocks:
+            nn.init.ones_(block.ls1.gamma)
+            nn.init.ones_(block.ls2.gamma)
+    torch.save(bring(backbone.half().state_dict()), tmp_path / "vit.pth")
+    loaded, expected = ivpt.load_backbone(tmp_path / "vit.pth"), backbone.float()
+    if bring is in_timms_names and backbone.registers:  # cls and its position are one
+        images = torch.randn(2, 3, 70, 70)
+        torch.testing.assert_close(loaded(images), expected(images), atol=0.01, rtol=0)
+    else:
+        for name, x in expected.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], x), name
+
+
+def test_safetensors_are_read_where_the_package_is(tmp_path, monkeypatch):
+    path, state = tmp_path / "vit.safetensors", small_vit().state_dict()
+    path.write_bytes(b"{}")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "safetensors", None)
+        with pytest.raises(ValueError, match="^weights .*vit.*pip install safetensors"):
+            ivpt.load_backbone(path)
+    safetensors = pytest.importorskip("safetensors.torch")
+    with pytest.raises(ValueError, match="^weights .*vit.safetensors: damaged"):
+        ivpt.load_backbone(path)
+    safetensors.save_file(state, path)
+    for name, x in ivpt.load_backbone(path).state_dict().items():
+        assert torch.equal(x, state[name]), name
+
+
+STATE = small_vit().state_dict()
+DINOV3 = {name: x for name, x in STATE.items() if name not in ("pos_embed", "mask_token")}
+HUGGING_FACES = in_hugging_faces_names(STATE)
+
+
+@pytest.mark.parametrize("content, words", [
+    ({}, "not a ViT's"),
+    ([1], "not a ViT's"),
+    ({"fc.weight": torch.ones(3), 0: torch.ones(3)}, "not a ViT's"),
+    (DINOV3, "DINOv3 is not supported"),  # rotary positions instead of learned ones
+    (in_hugging_faces_names(DINOV3), "DINOv3 is not supported"),
+    (without_scales(STATE) | {"storage_tokens": torch.ones(1, 4, 128)}, "DINOv3 is not supported"),
+    ({name: x for name, x in HUGGING_FACES.items() if ".key." not in name},
+     "size mismatch for blocks.0.attn.qkv.weight"),
+    (without_scales(STATE) | {"blocks.0.attn.q_norm.weight": torch.ones(3)}, "q_norm"),
+    (without_scales(STATE) | {"blocks.0.ls1.gamma": torch.ones(128)}, "blocks.0.ls2.gamma"),
+])
+def test_weights_that_do_not_fit_are_named_in_one_line(content, words, tmp_path):
+    torch.save(content, tmp_path / "vit.pth")
+    with pytest.raises(ValueError) as caught:
+        ivpt.load_backbone(tmp_path / "vit.pth", 70)
+    message = str(caught.value)
+    assert words in message and "vit.pth" in message and "\n" not in message
 
 
 # ---- PartImageNet --------------------------------------------------------------------------------
@@ -591,8 +728,8 @@ def test_converted_data_trains_evaluates_and_draws(tmp_path, monkeypatch, capsys
     backbone = ivpt.VisionTransformer(width=64, depth=5, patch_size=14, pos_grid=4, image_size=56)
     torch.save(backbone.state_dict(), tmp_path / "vit.pth")
     run(monkeypatch, train, "--data", tmp_path / "new", "--out", tmp_path / "run", "--epochs", 1,
-        "--weights", tmp_path / "vit.pth", "--image-size", 56, "--batch-size", 1, "--recipe",
-        "paper", "--workers", 0, "--device", "cpu", "--no-amp")
+        "--weights", tmp_path / "vit.pth", "--image-size", 56, "--batch-size", 1, "--start",
+        "noise", "--workers", 0, "--device", "cpu", "--no-amp")  # black images have no foreground
     run(monkeypatch, evaluate, "--ckpt", tmp_path / "run/last.pt", "--workers", 0, "--visualize",
         tmp_path / "pictures")
     assert (tmp_path / "pictures/index.html").is_file()

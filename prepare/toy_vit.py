@@ -1,8 +1,8 @@
-"""Pretrains the small ViT of the toy birds, which has no weights file (train.py --weights toy).
+"""The small ViT of the drawn birds, which has no file of weights (train.py --weights toy).
 
-The cls token learns the species, and every patch learns to tell the mean colour around it. Without
-the colours patches would tell species instead of parts. This is no part of the paper: DINOv2 comes
-pretrained.
+It is pretrained on the birds themselves: cls learns the species, and every patch the mean colour
+around it. Without the colours, patches would tell the species instead of the part that they show.
+None of this is in the paper: DINOv2 comes pretrained.
 """
 import torch
 import torch.nn as nn
@@ -10,11 +10,20 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from model import VisionTransformer
+
+ARCHITECTURE = dict(width=128, depth=6, patch_size=8, pos_grid=14)
+
+
+def new_backbone(image_size=None):
+    """The ViT with random weights, in eval mode. image_size: default 112."""
+    return VisionTransformer(**ARCHITECTURE, image_size=image_size).eval()
+
 
 def pretrain(backbone, dataset, epochs, device, amp, workers, batch_size=16):
-    """Trains all of a VisionTransformer in place. Every process does the same.
+    """Trains all of a VisionTransformer in place, and freezes it. Every process does the same.
 
-    dataset: data.Images in its training view; its seed decides order and augmentation;
+    dataset: data.Images in the training view; its seed decides order and augmentation;
     the heads start from torch's global generator.
     amp: bf16 autocast; workers: loader processes.
     """
@@ -52,3 +61,4 @@ def pretrain(backbone, dataset, epochs, device, amp, workers, batch_size=16):
             nn.utils.clip_grad_norm_(backbone.parameters(), 2.0)
             optimizer.step()
             scheduler.step()
+    backbone.requires_grad_(False).eval()

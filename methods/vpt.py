@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from model import IVPT, Output, to_float32, tune_backbone
+from model import IVPT, Method, Output, to_float32
 
 
 # ---------------------------------------------------------------- what the methods share
@@ -30,9 +30,9 @@ def new_prompts(num_blocks, num_prompts, backbone):
 
 
 def run_blocks(images, backbone, prompts):
-    """images (B, 3, H, W), prompts (n, G, D) -> tokens (B, T, D) after the first n blocks.
+    """images (B, 3, S, S), prompts (n, G, D) -> tokens (B, T, D) after the first n blocks.
 
-    Every block attends to prompts of its own, which end there.
+    Every block attends to prompts of its own, which are dropped after it.
     """
     B = len(images)
     tokens = backbone.embed(images)
@@ -69,7 +69,7 @@ def prompt_maps(weights, backbone):
 
 # ---------------------------------------------------------------- VPT-Deep
 
-class VPTDeep(nn.Module):
+class VPTDeep(Method):
     """VPT-Deep: every block has prompts of its own; a linear head reads the cls token.
 
         [x_l, _] = block_l([x_{l-1}, P_{l-1}])         logits = head(norm(cls of x_L))
@@ -79,20 +79,15 @@ class VPTDeep(nn.Module):
     patch belongs to the prompt that gives it most attention, if that is more than an even share.
     Like IVPT we show five layers: the last five blocks.
 
-    The paper searches rate, weight decay and number of prompts, with SGD; we take ten prompts, and
-    Adam, as IVPT. The head's rate is a tenth of IVPT's. The last norm of the ViT in docs/results.md
-    has weights near 4: its cls token is about four times as long as IVPT's features.
+    The paper searches rate, weight decay and number of prompts, with SGD. We take ten prompts, and
+    Adam as for IVPT. The head's rate is a tenth of IVPT's: it reads the cls token as the ViT's norm
+    leaves it, which can be several times as long as IVPT's features.
     """
 
     rates = dict(lr=1e-3, lr_prototypes=5e-3)
-    class_specific = False
 
-    def __init__(self, backbone, num_classes, num_prompts=10, tune="none"):
-        super().__init__()
-        tune_backbone(backbone, tune)
-        self.backbone = backbone
-        self.tune = tune
-        self.grid = backbone.grid
+    def __init__(self, backbone, num_classes, num_prompts=10):
+        super().__init__(backbone)
         num_blocks = len(backbone.blocks)
         self.num_shown = min(5, num_blocks)
         self.prompts = new_prompts(num_blocks, num_prompts, backbone)
@@ -106,16 +101,12 @@ class VPTDeep(nn.Module):
         num_prompts = self.prompts.shape[1]
         return (num_prompts + 1,) * self.num_shown
 
-    def heads_of(self, l, x):
-        """Queries, keys and values of blocks[l] for x (B, T + G, D): tokens, then prompts."""
-        block = self.backbone.blocks[l]
-        return block.attn.heads_of(block.norm1(x))
-
-    def forward(self, images):
+    def forward(self, images, labels=None):
+        """images (B, 3, S, S) -> Output; labels change nothing, as no prompt belongs to a class."""
         return self.read(images, self.prompts)
 
     def read(self, images, prompts):
-        """images (B, 3, H, W), for each block prompts (G, D) or (B, G, D) -> Output.
+        """images (B, 3, S, S), for each block prompts (G, D) or (B, G, D) -> Output.
 
         Its features are the cls token (B, 1, D). It has no concept_logits, groups or fused maps.
         Its maps (B, G + 1, h, w) do not sum to 1; while training there are none.
@@ -135,24 +126,27 @@ class VPTDeep(nn.Module):
             tokens = finish_block(block, tokens, q[:, :, :T], k, v)  # without prompts
         return self.output(tokens, attention)
 
+    def heads_of(self, l, x):
+        """Queries, keys and values of blocks[l] for x (B, T + G, D): tokens, then prompts."""
+        block = self.backbone.blocks[l]
+        return block.attn.heads_of(block.norm1(x))
+
     def output(self, tokens, attention):
         """Tokens (B, T, D) after the last block, maps -> Output."""
         cls = self.backbone.norm(tokens[:, :1])  # (B, 1, D)
         logits = to_float32(self.classifier(cls[:, 0]))
         return Output(logits, None, attention, [], [], cls)
 
-    def losses(self, images, labels):
+    def losses(self, images, labels, theta):
         """Cross entropy alone: no loss shapes a map."""
         logits = self(images).logits
-        return {"classification": F.cross_entropy(logits, labels)}, logits
+        loss = F.cross_entropy(logits, labels)
+        return dict(classification=loss, loss=loss), logits
 
     def parameter_groups(self, args):
-        backbone_rate = args.lr_backbone if self.tune == "all" else args.lr_prototypes
         return [
-            dict(params=self.classifier.parameters(), lr=args.lr),
-            dict(params=[self.prompts], lr=args.lr_prototypes),
-            dict(params=self.backbone.parameters(), lr=backbone_rate),  # frozen unless tuned
-        ]
+            dict(params=[*self.classifier.parameters()], lr=args.lr),
+            dict(params=[self.prompts], lr=args.lr_prototypes)]
 
 
 # ---------------------------------------------------------------- VPT-Deep with prototypes
@@ -160,43 +154,52 @@ class VPTDeep(nn.Module):
 class VPTDeepPrototypes(IVPT):
     """VPT-Deep with prototypes: VPT-Deep's prompts, and IVPT's last concept layer on the patches.
 
-    It is the strongest baseline of IVPT's paper (consistency 70.2, stability 72.5, accuracy 90.3).
-    Here prompts are free: no concept makes them.
-    They learn from classification and orthogonality alone, since maps see the patches through a
+    It is the strongest baseline of IVPT's paper. Here prompts are free: no concept makes them.
+    Classification and orthogonality alone train them, since maps see the patches through a
     stop-gradient. Their rate is --lr-fusion, that of IVPT's fusion heads, which make its prompts.
 
-    A map loss weighs a fifth: IVPT takes its mean over five layers. Total variation and entropy are
-    left out, and prototypes start at N(0, 0.01^2). This was found on cached patches of the ViT
-    without prompts. With total variation the background took 95 % of the patches. Without entropy,
-    validation accuracy rose from 69.5 to 76.6 (three seeds). With IVPT's start, N(0, 0.05^2), it
-    was 68.4. There are no fused maps, so no region consistency.
+    Of IVPT's losses it has those in loss_weights. A map loss weighs a fifth, since IVPT takes its
+    mean over five layers. Total variation is left out: with it the background took nearly all
+    patches. Without entropy, and with prototypes that start at N(0, 0.01^2) instead of
+    N(0, 0.05^2), it classifies better. There are no fused maps, so no region consistency.
     """
 
     rates = dict(lr=1e-2, lr_prototypes=2e-4, lr_fusion=3e-4)
+    accepts = ("bias_after_softmax", "no_bias", "no_regions", "lr_fusion", "lr_bias")
     loss_weights = dict(classification=1.0, presence=0.2, background_presence=0.2,
                         equivariance=0.2, orthogonality=1.0)
 
     def __init__(self, backbone, num_classes, num_prompts=10, **arguments):
-        arguments["cross_layer"] = False  # the last concept layer alone: nothing is fused
-        super().__init__(backbone, num_classes, **arguments)
+        super().__init__(backbone, num_classes, no_cross_layer=True, **arguments)
         self.free_prompts = new_prompts(len(backbone.blocks), num_prompts, backbone)
         nn.init.normal_(self.concepts[0].prototypes, std=0.01)
+
+    sample_regions = Method.sample_regions  # its prototypes are no clusters, but noise at first
+
+    def start(self, dataset, args):
+        """Nothing: prototypes are noise already."""
 
     def unprompted(self, images):
         """images -> tokens (B, T, D) before the concept layer; no concept, but free prompts."""
         return run_blocks(images, self.backbone, self.free_prompts)
 
+    def losses(self, images, labels, theta):
+        """Of IVPT's losses those with a weight."""
+        all_losses, logits = super().losses(images, labels, theta)
+        losses = {}
+        for name, weight in self.loss_weights.items():
+            losses[name] = weight * all_losses[name]
+        losses["loss"] = sum(losses.values())
+        return losses, logits
+
     def parameter_groups(self, args):
         concept = self.concepts[0]
         head = [*self.classifier.parameters(), *self.norm.parameters()]
-        backbone_rate = args.lr_backbone if self.tune == "all" else args.lr_prototypes
         return [
             dict(params=head, lr=args.lr),
             dict(params=[self.free_prompts], lr=args.lr_fusion),
             dict(params=[concept.prototypes], lr=args.lr_prototypes),
-            dict(params=[concept.bias], lr=args.lr_bias),
-            dict(params=self.backbone.parameters(), lr=backbone_rate),  # frozen unless tuned
-        ]
+            dict(params=[concept.bias], lr=args.lr_bias)]
 
 
 # ---------------------------------------------------------------- E2VPT
@@ -209,21 +212,23 @@ class E2VPT(VPTDeep):
     Every block has an R, which serves as keys and as values, as in their program. After a first
     stage prompts are pruned: a mask multiplies them, a factor for each token and one for each of
     its 16 segments, the same in all blocks. The importance of a factor f, at f = 1, is E |dL/df|
-    over the training images. The least important token goes, and of all others the four least
-    important segments. Prompts and R are rewound to their first values and trained again.
+    over the training images. The least important token is pruned, and the four least important
+    segments of every other token. Prompts and R are rewound to their first values and trained
+    again.
 
-    The authors search how many go, 10 to 90 %. Their stages have 100 epochs each. Our first has
-    four, or half of a run below eight; a run of one epoch prunes nothing. Then our head, Adam's
-    moments and the schedule of the rates go on; theirs start anew. Their program differs from their
-    paper, which we follow: it trains the factors and averages dL/df with its sign, a segment is
-    every 16th channel, a pruned token stays as 0.
+    The authors search how many are pruned, 10 to 90 %. Their stages have 100 epochs each. Our first
+    has four, or half of a run below eight; a run of one epoch prunes nothing. Then our head, Adam's
+    moments and the schedule of the rates continue; theirs start anew. Their program differs from
+    their paper, which we follow: it trains the factors and averages dL/df with its sign, a segment
+    is every 16th channel, and a pruned token stays as 0.
     """
 
+    has_stages = True
     num_segments = 16
     pruned_tokens, pruned_segments = 1, 4
 
-    def __init__(self, backbone, num_classes, num_prompts=5, tune="none"):
-        super().__init__(backbone, num_classes, num_prompts, tune)
+    def __init__(self, backbone, num_classes, num_prompts=5):
+        super().__init__(backbone, num_classes, num_prompts)
         num_blocks = len(backbone.blocks)
         heads = backbone.width // 64
         key_values = torch.empty(num_blocks, heads, 5, 64)
@@ -238,6 +243,16 @@ class E2VPT(VPTDeep):
         num_kept = int(self.mask.any(1).sum())
         return (num_kept + 1,) * self.num_shown
 
+    def forward(self, images, labels=None):
+        """images (B, 3, S, S) -> Output, as VPT-Deep's; G is the number of tokens that are kept."""
+        prompts = self.masked_prompts(self.mask)
+        return self.read(images, prompts[:, :, self.mask.any(1)])
+
+    def masked_prompts(self, mask):
+        """The prompts of all blocks times a mask (G, 16) or (B, G, 16): (blocks, 1 or B, G, D)."""
+        channels = self.backbone.width // self.num_segments
+        return self.prompts[:, None] * mask.repeat_interleave(channels, dim=-1)
+
     def heads_of(self, l, x):
         """As VPT-Deep's, with R after the keys and after the values."""
         q, k, v = super().heads_of(l, x)
@@ -246,15 +261,6 @@ class E2VPT(VPTDeep):
         k = torch.cat([k, R], dim=2)
         v = torch.cat([v, R], dim=2)
         return q, k, v
-
-    def forward(self, images):
-        prompts = self.masked_prompts(self.mask)
-        return self.read(images, prompts[:, :, self.mask.any(1)])
-
-    def masked_prompts(self, mask):
-        """The prompts of all blocks times a mask (G, 16) or (B, G, 16): (blocks, 1 or B, G, D)."""
-        channels = self.backbone.width // self.num_segments
-        return self.prompts[:, None] * mask.repeat_interleave(channels, dim=-1)
 
     def after_epoch(self, epoch, epochs, dataset):
         if epoch + 1 == min(4, epochs // 2):
@@ -304,27 +310,27 @@ class GatedVPT(VPTDeep):
     P_0 is learnt, and so are the gate and the temperature t_l of every block. Gates start at -5,
     so prompts reach all blocks almost as they are; a gate opens where a block should change them.
     t_l starts at 1, is clamped to 0.01 to 10 where it is used, and holds for all tokens of the
-    block, as in the authors' program. The last block has no gate: nobody reads prompts after it.
+    block, as in the authors' program. The last block has no gate, as its prompts are not used.
 
     A map is the gate times the attention: what a prompt takes in from a patch. Where a gate stays
     closed, all is background. We show the last five blocks that have a gate. The head reads the cls
     token, as theirs does with MoCo v3; with MAE theirs reads the mean of all other tokens.
 
-    They take 100 prompts for CUB, with dropout, and train by SGD with a cosine. We take ten, no
-    dropout, and Adam, as for VPT-Deep. Temperatures have the rate of the head, gates ten times
-    that: from -5 they have far to go.
+    They take 100 prompts for CUB, with dropout, and train by SGD with a cosine schedule. We take
+    ten, no dropout, and Adam, as for VPT-Deep. Temperatures have the rate of the head, gates ten
+    times that: they start far from where they open.
     """
 
-    def __init__(self, backbone, num_classes, num_prompts=10, tune="none"):
-        super().__init__(backbone, num_classes, num_prompts, tune)
+    def __init__(self, backbone, num_classes, num_prompts=10):
+        super().__init__(backbone, num_classes, num_prompts)
         num_blocks = len(backbone.blocks)
         self.num_shown = min(5, num_blocks - 1)
         self.prompts = new_prompts(1, num_prompts, backbone)  # P_0
         self.gates = nn.Parameter(torch.full((num_blocks - 1,), -5.0))
         self.temperatures = nn.Parameter(torch.ones(num_blocks))
 
-    def forward(self, images):
-        """images (B, 3, H, W) -> Output, as VPT-Deep's."""
+    def forward(self, images, labels=None):
+        """images (B, 3, S, S) -> Output, as VPT-Deep's."""
         first_shown = len(self.gates) - self.num_shown
         attention = []
         tokens = self.backbone.embed(images)

@@ -8,7 +8,7 @@ Equations count blocks and prompts as in vpt.py.
 import torch
 from torch.utils.data import DataLoader
 
-from baselines.vpt import (
+from methods.vpt import (
     VPTDeep, attention_weights, finish_block, new_prompts, prompt_maps, run_blocks)
 from model import Output, to_float32
 
@@ -26,29 +26,25 @@ class PromptCAM(VPTDeep):
     patch belongs to the head that gives it most, if that is more than an even share. The MLP mixes
     what the heads read before it is scored, so heads have no votes: there are no concept_logits.
 
-    Theirs trains for 130 epochs by SGD with warm-up and a cosine; we take Adam and our schedule.
-    All their prompts start as noise. On cached tokens P then learnt nothing in four epochs: an
-    accuracy of 3 % on the validation images, by chance it is 2.5. So P starts as noise around the
-    mean cls token before the last block, which can read images already: 71 %. P has the rate of w.
-    Every block of theirs has C prompts, our first L - 1 have ten: with 40 random prompts in each,
-    the cls tokens of two images differ by less than half as much.
+    Theirs trains for 130 epochs by SGD with warm-up and a cosine schedule; we take Adam and our
+    schedule. All their prompts start as noise, from which P learns nothing in our few epochs. So P
+    starts as noise around the mean cls token before the last block, which can read images already.
+    P has the rate of w. Every block of theirs has C prompts, our first L - 1 have ten: many random
+    prompts make the cls tokens of all images alike.
     """
 
     rates = dict(lr=1e-2, lr_prototypes=1e-3)
     class_specific = True
 
-    def __init__(self, backbone, num_classes, num_prompts=10, tune="none"):
-        super().__init__(backbone, 1, num_prompts, tune)  # one score for each class prompt
+    def __init__(self, backbone, num_classes, num_prompts=10):
+        super().__init__(backbone, 1, num_prompts)  # one score for each class prompt
         num_blocks = len(backbone.blocks)
         self.prompts = new_prompts(num_blocks - 1, num_prompts, backbone)
         self.class_prompts = new_prompts(1, num_classes, backbone)  # P
 
     @torch.no_grad()
-    def start(self, dataset):
-        """Adds to P the mean cls token that enters the last block.
-
-        dataset: the training images in the test view.
-        """
+    def start(self, dataset, args):
+        """Adds to P the mean cls token that enters the last block."""
         total = torch.zeros_like(self.class_prompts[0, 0])  # (D)
         for images, *_ in DataLoader(dataset, 16):
             tokens = run_blocks(images.to(total.device), self.backbone, self.prompts)
@@ -61,7 +57,7 @@ class PromptCAM(VPTDeep):
         return (self.backbone.blocks[-1].attn.heads + 1,)
 
     def forward(self, images, labels=None):
-        """images (B, 3, H, W), labels (B) of the prompts to show (None: predictions) -> Output.
+        """images (B, 3, S, S), labels (B) of the prompts to show (None: predictions) -> Output.
 
         Its features are Z, normalised (B, C, D). It has no concept_logits, groups or fused maps.
         Its map (B, heads + 1, h, w) does not sum to 1; while training there is none.
@@ -72,7 +68,7 @@ class PromptCAM(VPTDeep):
         prompts = self.class_prompts.expand(B, -1, -1)  # (B, C, D)
         x = torch.cat([tokens, prompts], dim=1)
         q, k, v = self.heads_of(-1, x)
-        q = q[:, :, T:]  # (B, heads, C, 64): nobody reads the other tokens after this block
+        q = q[:, :, T:]  # (B, heads, C, 64): the other tokens are not used after this block
         z = self.backbone.norm(finish_block(last, prompts, q, k, v))
         logits = to_float32(self.classifier(z))[..., 0]  # (B, C)
         attention = []

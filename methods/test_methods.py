@@ -1,11 +1,13 @@
-"""The specification of the baselines: the defining property of each, and what learns from what.
+"""The specification of the other methods: the defining property of each, and what trains what.
 
-    python -m pytest baselines
+    python -m pytest methods
 """
+import itertools
 import json
-import subprocess
 import math
+import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,24 +18,25 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import data
 import evaluate
 import model as ivpt
 import train
-from baselines import METHODS, protopnet
 from explore import explain, gallery
+from methods import METHODS, parts, protopnet
 from prepare import toy_birds
 
-RATES = SimpleNamespace(lr=1.0, lr_prototypes=2.0, lr_bias=3.0, lr_backbone=4.0, lr_fusion=5.0)
+RATES = SimpleNamespace(lr=1.0, lr_prototypes=2.0, lr_bias=3.0, lr_fusion=5.0)
+THETA = torch.eye(2, 3)
 
 
 def options_of(method, **changes):
-    options = dict(method=method, weights="toy", image_size=40, prototypes=(6, 5, 4), tune="none",
-                   bias="after", fusion="mlp", distance="euclidean", votes="coarse", no_bias=False,
-                   no_regions=False, no_cross_layer=False, no_fusion=False)
+    options = dict(method=method, image_size=40, prototypes=(6, 5, 4), bias_after_softmax=True,
+                   no_bias=False, no_regions=False)
     return options | changes
 
 
-def tiny_baseline(method, classes=3, **changes):
+def tiny(method, classes=3, **changes):
     """A model of the method on a small ViT with registers, every parameter random."""
     torch.manual_seed(0)
     backbone = ivpt.VisionTransformer(
@@ -58,7 +61,7 @@ def reached(model, scalar):
 
 def test_vpt_deep_is_the_vit_with_ten_more_tokens_in_every_block():
     """Prompts as full tokens that are thrown away after their block; and where they look."""
-    model, images = tiny_baseline("vpt-deep"), torch.randn(2, 3, 40, 40)
+    model, images = tiny("vpt-deep"), torch.randn(2, 3, 40, 40)
     backbone = model.backbone
     with torch.no_grad():
         out, tokens = model(images), backbone.embed(images)
@@ -78,13 +81,13 @@ def test_vpt_deep_is_the_vit_with_ten_more_tokens_in_every_block():
 
 
 def test_vpt_deep_with_prototypes_is_a_concept_layer_on_prompted_patches():
-    model, images = tiny_baseline("vpt-deep-proto"), torch.randn(2, 3, 40, 40)
-    assert model.free_prompts.shape == (5, 10, 128) and model.prototypes == (4,)
+    model, images = tiny("vpt-deep-proto"), torch.randn(2, 3, 40, 40)
+    assert model.free_prompts.shape == (5, 10, 128) and model.prototypes == (5,)
     tokens = model.backbone.embed(images)
     for block, prompts in zip(model.backbone.blocks, model.free_prompts):
         tokens = block(tokens, prompts.expand(2, -1, -1))
     patches = model.backbone.norm(tokens[:, 5:])
-    a, pooled, _ = model.concepts[0](patches, smoothing=ivpt.SMOOTHING, detach_maps=True)
+    a, pooled, _ = model.concepts[0](patches, ivpt.SMOOTHING)
     out = model(images)
     assert out.groups == out.fused == []
     torch.testing.assert_close(out.attention[0].flatten(2), a)
@@ -95,23 +98,43 @@ def test_vpt_deep_with_prototypes_is_a_concept_layer_on_prompted_patches():
 
 
 def test_vpt_deep_with_prototypes_learns_by_five_of_the_losses_of_ivpt():
-    model, images = tiny_baseline("vpt-deep-proto"), torch.randn(2, 3, 40, 40)
-    labels, theta = torch.tensor([0, 1]), torch.eye(2, 3)
-    losses, _ = train.method_losses(model, images, labels, theta)
-    full, _ = train.ivpt_losses(model, images, labels, theta)
+    model, images = tiny("vpt-deep-proto"), torch.randn(2, 3, 40, 40)
+    labels = torch.tensor([0, 1])
+    losses, _ = model.losses(images, labels, THETA)
+    full, _ = train.ivpt_losses(model, images, labels, THETA)
     weights = dict(classification=1, presence=0.2, background_presence=0.2, equivariance=0.2,
                    orthogonality=1)
-    total = losses.pop("loss")
-    assert losses.keys() == weights.keys()
+    assert losses.keys() == {*weights, "loss"}
     for name, weight in weights.items():
         torch.testing.assert_close(losses[name], weight * full[name])
-    torch.testing.assert_close(total, sum(losses.values()))
+
+
+def test_vpt_deep_with_prototypes_has_one_concept_layer_whose_options_it_takes():
+    """They change what they say, and no cluster starts it."""
+    images = torch.randn(2, 3, 40, 40)
+    plain = tiny("vpt-deep-proto")
+    assert len(plain.concepts) == 1 and len(plain.fusions) == 0
+    inside = tiny("vpt-deep-proto", bias_after_softmax=False)
+    everywhere = tiny("vpt-deep-proto", no_regions=True)
+    same_maps, other_maps = everywhere(images), inside(images)
+    assert torch.equal(same_maps.attention[0], plain(images).attention[0])
+    assert not torch.allclose(same_maps.logits, plain(images).logits)
+    assert not torch.allclose(other_maps.attention[0], plain(images).attention[0])
+    assert plain.concepts[0].bias.requires_grad
+    assert not tiny("vpt-deep-proto", no_bias=True).concepts[0].bias.requires_grad
+    before = plain.concepts[0].prototypes.clone()
+    plain.start([(image, 0) for image in images], SimpleNamespace(start=None, seed=0))
+    assert torch.equal(plain.concepts[0].prototypes, before)
+    with pytest.raises(ValueError, match="not clusters"):
+        plain.sample_regions([(image, 0) for image in images], 0)
+    fresh = ivpt.build(options_of("vpt-deep-proto"), 3, plain.backbone)
+    assert fresh.concepts[0].prototypes.std().item() == pytest.approx(0.01, rel=0.1)
 
 
 # ---------------------------------------------------------------- E2VPT
 
 def test_e2vpt_attends_to_five_more_vectors_of_every_head():
-    model, images = tiny_baseline("e2vpt"), torch.randn(2, 3, 40, 40)
+    model, images = tiny("e2vpt"), torch.randn(2, 3, 40, 40)
     backbone = model.backbone
     assert model.key_values.shape == (5, 2, 5, 64) and model.prototypes == (6,) * 5
     with torch.no_grad():
@@ -139,7 +162,7 @@ def test_e2vpt_attends_to_five_more_vectors_of_every_head():
 
 def test_e2vpt_importance_is_the_mean_derivative_by_the_factors_of_a_mask():
     """dL/df of each image by itself, from a difference of two losses in float64."""
-    model, images = tiny_baseline("e2vpt").double(), torch.randn(3, 3, 40, 40).double()
+    model, images = tiny("e2vpt").double(), torch.randn(3, 3, 40, 40).double()
     labels, prompts, step = [0, 2, 1], model.prompts.detach().clone(), 1e-5
     tokens, segments = model.importance([*zip(images, labels)])
 
@@ -158,7 +181,7 @@ def test_e2vpt_importance_is_the_mean_derivative_by_the_factors_of_a_mask():
 
 
 def test_e2vpt_prunes_once_rewinds_and_keeps_its_mask(tmp_path):
-    model, images = tiny_baseline("e2vpt"), torch.randn(2, 3, 40, 40)
+    model, images = tiny("e2vpt"), torch.randn(2, 3, 40, 40)
     dataset, pruned_after = [(images[0], 0), (images[1], 2)], {}
     for epochs in (1, 2, 3, 7, 16, 25):
         for epoch in range(epochs):
@@ -182,19 +205,17 @@ def test_e2vpt_prunes_once_rewinds_and_keeps_its_mask(tmp_path):
     model.prompts.data[:, 0, 15] += 1
     assert not torch.allclose(model(images).logits, out.logits)
 
-    ivpt.save(tmp_path / "last.pt", dict(
-        options=options_of("e2vpt"), classes=["a", "b", "c"], model=ivpt.trained_state(model),
-        fingerprint=ivpt.fingerprint(model)))
-    fresh = ivpt.build(options_of("e2vpt"), 3, model.backbone)
-    ivpt.restore(fresh, ivpt.read_checkpoint(tmp_path / "last.pt"), "last.pt")
-    assert torch.equal(fresh.mask, model.mask) and fresh.prototypes == (5,) * 5
-    assert torch.equal(fresh.first_prompts, model.first_prompts)
+    data.save(tmp_path / "last.pt", dict(
+        options=options_of("e2vpt"), classes=["a", "b", "c"], model=model.state_dict()))
+    loaded, _ = ivpt.load_checkpoint(tmp_path / "last.pt")
+    assert torch.equal(loaded.mask, model.mask) and loaded.prototypes == (5,) * 5
+    assert torch.equal(loaded.first_prompts, model.first_prompts)
 
 
 # ---------------------------------------------------------------- gated prompt tuning
 
 def test_gates_mix_prompts_with_what_a_block_makes_of_them_and_temperatures_divide_logits():
-    model, images = tiny_baseline("gated-vpt"), torch.randn(2, 3, 40, 40)
+    model, images = tiny("gated-vpt"), torch.randn(2, 3, 40, 40)
     backbone = model.backbone
     assert model.prompts.shape == (1, 10, 128) and model.prototypes == (11,) * 4
     model.gates.data = torch.tensor([-5.0, 0.0, 2.0, -1.0])
@@ -222,7 +243,7 @@ def test_gates_mix_prompts_with_what_a_block_makes_of_them_and_temperatures_divi
 
 
 def test_gates_start_almost_closed_and_temperatures_at_one():
-    model = ivpt.build(options_of("gated-vpt"), 3)
+    model = ivpt.build(options_of("gated-vpt"), 3, ivpt.load_backbone("toy", 40))
     assert model.gates.tolist() == [-5.0] * 5 and model.temperatures.tolist() == [1.0] * 6
 
 
@@ -230,7 +251,7 @@ def test_gates_start_almost_closed_and_temperatures_at_one():
 
 def test_prompt_cam_scores_every_class_by_its_own_prompt():
     """Prompts as full tokens; the class's prompt looks at patches with each head of its own."""
-    model, images = tiny_baseline("prompt-cam", classes=4), torch.randn(2, 3, 40, 40)
+    model, images = tiny("prompt-cam", classes=4), torch.randn(2, 3, 40, 40)
     backbone, labels = model.backbone, torch.tensor([3, 1])
     assert model.prompts.shape == (4, 10, 128) and model.class_prompts.shape == (1, 4, 128)
     assert model.classifier.weight.shape == (1, 128)
@@ -257,7 +278,7 @@ def test_prompt_cam_scores_every_class_by_its_own_prompt():
 
 
 def test_class_prompts_that_change_places_change_the_scores_and_start_around_the_mean_cls_token():
-    model, images = tiny_baseline("prompt-cam", classes=4), torch.randn(2, 3, 40, 40)
+    model, images = tiny("prompt-cam", classes=4), torch.randn(2, 3, 40, 40)
     with torch.no_grad():
         logits = model(images).logits
         model.class_prompts.copy_(model.class_prompts[:, [2, 1, 0, 3]])
@@ -265,14 +286,14 @@ def test_class_prompts_that_change_places_change_the_scores_and_start_around_the
         before, tokens = model.class_prompts.clone(), model.backbone.embed(images)
         for block, prompts in zip(model.backbone.blocks, model.prompts):
             tokens = block(tokens, prompts.expand(2, -1, -1))
-        model.start([(images[0], 0), (images[1], 3)])
+        model.start([(images[0], 0), (images[1], 3)], None)
         moved = model.class_prompts - before
         torch.testing.assert_close(moved, tokens[:, 0].mean(0).expand(1, 4, -1))
 
 
 @pytest.mark.parametrize("method", ["vpt-deep", "e2vpt", "gated-vpt", "prompt-cam"])
 def test_prompts_are_drawn_and_explained_without_votes(method):
-    model, images = tiny_baseline(method), torch.randn(2, 3, 40, 40)
+    model, images = tiny(method), torch.randn(2, 3, 40, 40)
     explanation = explain.explain(model, images[0], ["a", "b", "c"])
     assert explanation.votes == [] and sum(explanation.classes.values()) == pytest.approx(100)
     assert explain.describe(explanation)[-1].startswith("no votes")
@@ -291,6 +312,11 @@ def test_prompts_are_drawn_and_explained_without_votes(method):
 FAMILY = ["protopnet", "huang", "tesnet", "protopool"]
 
 
+def patches_of(model, images):
+    """e (B, N, D): after the last block and norm, without cls and registers."""
+    return model.backbone(images)[:, 5:]
+
+
 def class_weights(model):
     """What a prototype or slot adds to a class, as defined: (C, C, m), to class, of class."""
     own = torch.eye(3)[:, :, None].expand(3, 3, 10)
@@ -301,15 +327,21 @@ def class_weights(model):
     return own - 0.5 * (1 - own)
 
 
+def classify(model, cosines, labels):
+    """The method's own way from cosines (B, N, P) to an Output."""
+    if isinstance(model, METHODS["protopool"]):
+        return model.classify_slots(cosines, model.assignment(), labels)
+    return model.classify(cosines, model.class_weights(), labels)
+
+
 @pytest.mark.parametrize("method", FAMILY)
 def test_prototypes_score_by_hand_and_their_votes_sum_to_the_logits(method):
     torch.manual_seed(0)
-    model, images = tiny_baseline(method), torch.randn(2, 3, 40, 40)
+    model, images = tiny(method), torch.randn(2, 3, 40, 40)
     if method != "huang":
         model.last.data = class_weights(model).flatten(1).clone()
     labels = torch.tensor([2, 0])
-    e, _ = model.patches(images)
-    torch.testing.assert_close(e, model.backbone(images)[:, 5:])
+    e = patches_of(model, images)
     out, W = model(images, labels), class_weights(model)
     for b, label in enumerate(labels):
         z = model.add_on(e[b])  # (N, d)
@@ -330,9 +362,14 @@ def test_prototypes_score_by_hand_and_their_votes_sum_to_the_logits(method):
         torch.testing.assert_close(votes + others, out.logits[b], **close)
     predicted = model(images, out.logits.argmax(1)).attention[0]
     assert torch.equal(model(images).attention[0], predicted)
-    _, cosines = model.compare(e)
+    z = model.add_on(e)
+    cosines = protopnet.compare(z, model.vectors)
+    expected = classify(model, cosines, labels)
     with torch.autocast("cpu", torch.bfloat16):  # bf16 would round classes together
-        assert torch.equal(model.read(cosines).logits, out.logits)
+        assert torch.equal(protopnet.compare(z, model.vectors), cosines)
+        found = classify(model, cosines, labels)
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.attention[0], expected.attention[0])
 
 
 def test_the_losses_of_the_family_written_out():
@@ -353,19 +390,39 @@ def test_the_losses_of_the_family_written_out():
             total += F.relu((deep - early).abs() - 0.1).sum().item()
     found = protopnet.alignment(z, shallow, peaks).item()
     assert found == pytest.approx(total / (2 * 2 * 6), rel=1e-4)
+
+
+def test_the_weights_of_the_family_s_losses():
     images, labels = torch.randn(2, 3, 40, 40), torch.tensor([1, 2])
     for method, offset, slope in (("protopnet", 2, 2), ("tesnet", 0, 1), ("huang", 0, 1)):
-        model = tiny_baseline(method)
-        _, cosines = model.compare(model.patches(images)[0])
-        best = cosines.amax(1)
-        distance = offset - slope * torch.stack([best[0, 10:20].max(), best[1, 20:].max()]).mean()
-        losses, _ = model.losses(images, labels)
-        torch.testing.assert_close(losses["cluster"], 0.2 * distance)
-    model = tiny_baseline("protopnet")
-    model.set_epoch(1, 2)
-    losses, _ = model.losses(images, labels)
-    wrong = [model.last[c, k].abs() for c in range(3) for k in range(30) if k // 10 != c]
-    torch.testing.assert_close(losses["last_layer"], 1e-4 * sum(wrong))
+        model = tiny(method)
+        losses, logits = model.losses(images, labels, THETA)
+        z = model.add_on(patches_of(model, images))
+        best = protopnet.compare(z, model.vectors).amax(1)
+        own = torch.stack([best[0, 10:20].max(), best[1, 20:].max()])
+        others = torch.stack([best[0, [*range(10), *range(20, 30)]].max(), best[1, :20].max()])
+        torch.testing.assert_close(losses["cluster"], 0.2 * (offset - slope * own.mean()))
+        torch.testing.assert_close(losses["separation"], -0.08 * (offset - slope * others.mean()))
+        bases = F.normalize(model.vectors, dim=1).view(3, 10, 128)
+        if method != "protopnet":
+            expected = 1e-4 * protopnet.orthonormality(bases)
+            torch.testing.assert_close(losses["orthonormality"], expected)
+        if method == "tesnet":
+            expected = 1e-7 * protopnet.subspace_separation(bases)
+            torch.testing.assert_close(losses["subspaces"], expected)
+        if method == "huang":
+            tokens = model.backbone.embed(images)
+            for block in model.backbone.blocks[:2]:  # a quarter of five blocks, and one
+                tokens = block(tokens)
+            maps = model(images, labels).attention[0][:, :10]
+            expected = 0.3 * protopnet.alignment(z, tokens[:, 5:], maps.flatten(2).argmax(2))
+            torch.testing.assert_close(losses["alignment"], expected)
+    for method in ("protopnet", "tesnet", "protopool"):
+        model = tiny(method)
+        model.before_epoch(1, 2)
+        losses, _ = model.losses(images, labels, THETA)
+        wrong = [model.last[c, k].abs() for c in range(3) for k in range(30) if k // 10 != c]
+        torch.testing.assert_close(losses["last_layer"], 1e-4 * sum(wrong))
 
 
 def test_tesnet_has_orthonormal_bases_of_subspaces_that_part():
@@ -381,7 +438,7 @@ def test_tesnet_has_orthonormal_bases_of_subspaces_that_part():
     torch.testing.assert_close(protopnet.subspace_separation(bases), -distances)
     backbone = ivpt.VisionTransformer(128, 2, 8, 5, image_size=40)
     model = METHODS["tesnet"](backbone, 3)
-    own = model.unit_vectors().unflatten(0, (3, 10))
+    own = F.normalize(model.vectors, dim=1).view(3, 10, 128)
     assert protopnet.orthonormality(own) < 1e-3  # at the start
     tilted = own + 0.3 * own.roll(1, 1)
     tilted = F.normalize(tilted, dim=2)
@@ -391,12 +448,12 @@ def test_tesnet_has_orthonormal_bases_of_subspaces_that_part():
 
 
 def test_slots_of_protopool_become_one_hot_and_share_the_pool():
-    model = tiny_baseline("protopool").train()
+    model = tiny("protopool").train()
     assert model.vectors.shape == (202, 128) and model.slots.shape == (3, 10, 202)
     model.slots.data.mul_(0.2)  # the deviation at the start of training
     largest = []  # share of every slot, mean
     for epoch in range(8):
-        model.set_epoch(epoch, 16)
+        model.before_epoch(epoch, 16)
         q = model.assignment()
         torch.testing.assert_close(q.sum(2), torch.ones(3, 10))
         largest.append(q.amax(2).mean().item())
@@ -406,44 +463,163 @@ def test_slots_of_protopool_become_one_hot_and_share_the_pool():
     assert not torch.equal(model.assignment(), model.assignment())
     model.eval()
     assert torch.equal(model.assignment(), q)
-    model.q = torch.zeros(3, 10, 202)
-    model.q[:, :, 7] = 1.0  # all slots of all classes
-    images, labels = torch.randn(2, 3, 40, 40), torch.tensor([0, 2])
-    assert model.owned(labels).nonzero()[:, 1].tolist() == [7, 7]
-    _, cosines = model.compare(model.patches(images)[0])
-    model.q = torch.eye(202)[:30].view(3, 10, 202)  # every slot another one
-    assert model.prototype_losses(None, None, cosines, labels)["slots"].item() == pytest.approx(0)
-    model.q[:, 1] = model.q[:, 0]  # two of ten are the same, in each class
-    assert model.prototype_losses(None, None, cosines, labels)["slots"].item() == pytest.approx(0.2)
+
+
+def test_a_class_owns_what_its_slots_take_most_of_and_its_slots_part():
+    q = torch.zeros(3, 10, 202)
+    q[:, :, 7] = 1.0  # all slots of all classes
+    assert protopnet.owned_by_slots(q).nonzero().tolist() == [[0, 7], [1, 7], [2, 7]]
+    q = torch.full((1, 2, 5), 0.1)
+    q[0, 0, 3], q[0, 1, 1] = 0.6, 0.6
+    assert protopnet.owned_by_slots(q).nonzero()[:, 1].tolist() == [1, 3]
+    q = torch.eye(202)[:30].view(3, 10, 202)  # every slot another one
+    assert protopnet.slot_similarity(q).item() == pytest.approx(0)
+    q[:, 1] = q[:, 0]  # two of ten are the same, in each class
+    assert protopnet.slot_similarity(q).item() == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("method", ["protopnet", "tesnet", "protopool"])
 def test_projection_puts_every_prototype_on_a_patch_of_its_class_before_the_last_stage(method):
-    model = tiny_baseline(method)
+    model = tiny(method)
     images = torch.randn(9, 3, 40, 40)
     dataset = [(image, i % 2) for i, image in enumerate(images)]  # class 2 has no image
     before, stages = model.vectors.detach().clone(), []
     first = 2 if method == "protopool" else 4  # epochs of stage 1
     for epoch in range(8):
-        model.set_epoch(epoch, 8)
+        model.before_epoch(epoch, 8)
         stages.append(model.stage)
         model.after_epoch(epoch, 8, dataset)
         assert torch.equal(model.vectors, before) == (epoch + 1 < first), epoch
     assert stages == [1] * first + [2] * (8 - first)
-    owned = model.owned(torch.arange(3))  # (C, P)
-    patches = [model.add_on(model.patches(images[c::2])[0]).flatten(0, 1) for c in (0, 1)]
+    owned = model.own.bool()  # (C, P)
+    if method == "protopool":
+        owned = protopnet.owned_by_slots(model.assignment())
+    patches = [model.add_on(patches_of(model, images[c::2])).flatten(0, 1) for c in (0, 1)]
     for j in owned[:2].any(0).nonzero().flatten():
         allowed = torch.cat([patches[c] for c in (0, 1) if owned[c, j]])
         nearest = F.cosine_similarity(before[j], allowed, dim=1).argmax()
         torch.testing.assert_close(model.vectors[j], allowed[nearest], atol=1e-4, rtol=1e-4)
-    model.add_on.weight.data.mul_(torch.rand(128))  # the patch stays the same when A learns
+    assert (model.sources[~owned[:2].any(0)] == 0).all()
+    model.add_on.weight.data.mul_(torch.rand(128))  # the patch stays the same when A is trained
+    z = model.add_on(patches_of(model, images))
+    expected = protopnet.compare(z, model.add_on(model.sources))
+    torch.testing.assert_close(model.cosines(images), expected)
     model.after_epoch(7, 8, dataset)
     torch.testing.assert_close(model.vectors, model.add_on(model.sources))
-    torch.testing.assert_close(model.unit_vectors(), F.normalize(model.vectors, dim=1))
+    model.stage = 1  # as in a loaded model
+    torch.testing.assert_close(model.cosines(images), expected)
     if method != "protopool":
-        assert (model.sources[20:] == 0).all()
-        model.set_epoch(25 - 6, 25)
-        assert model.stage == 1  # stage 2 has five epochs
+        for epoch, stage in ((25 - 6, 1), (25 - 5, 2)):  # stage 2 has five epochs
+            model.before_epoch(epoch, 25)
+            assert model.stage == stage
+
+
+# ---------------------------------------------------------------- parts
+
+def birds_in_the_middle(n=24, generator=torch.Generator().manual_seed(0)):
+    """Images (3, 40, 40) with a bright square of three stripes, and labels, as a dataset."""
+    images = torch.randn(n, 3, 40, 40, generator=generator)
+    for stripe, top in enumerate((8, 16, 24)):
+        images[:, stripe, top:top + 8, 8:32] += 4.0
+    return [(image, i % 3) for i, image in enumerate(images)]
+
+
+def started_parts(**changes):
+    torch.manual_seed(0)
+    backbone = ivpt.load_backbone("toy", 40)
+    model = METHODS["parts"](backbone, 3, prototypes=(4, 3, 3))
+    for name, value in changes.items():
+        setattr(model, name, value)
+    dataset = birds_in_the_middle()
+    model.start(dataset, SimpleNamespace(seed=0))
+    return model.eval(), dataset
+
+
+def test_parts_shares_and_features_patch_by_patch():
+    torch.manual_seed(0)
+    layer, patches = parts.Clusters(3, 64, (3, 4), num_classes=2), torch.randn(2, 12, 64)
+    layer.prototypes.normal_()
+    layer.means.copy_(layer.directions(patches).mean(0)[[0, -1]])  # so both win some patches
+    for e, a, features in zip(patches, *layer(patches)):
+        smooth = torch.empty(12, 64)
+        for row, column in itertools.product(range(3), range(4)):
+            around = []  # nine patches, those of the rim repeated
+            for y, x in itertools.product((row - 1, row, row + 1), (column - 1, column, column + 1)):
+                around.append(e[4 * min(max(y, 0), 2) + min(max(x, 0), 3)])
+            smooth[4 * row + column] = torch.stack(around).mean(0)
+        smooth = 8 * smooth / smooth.norm(dim=1, keepdim=True)  # 8 = sqrt(64)
+        to_object, to_rest = ((smooth - mean).norm(dim=1) for mean in layer.means)
+        assert 0 < (to_object < to_rest).sum() < 12
+        differs = smooth - smooth[to_object < to_rest].mean(0)
+        differs = 8 * differs / differs.norm(dim=1, keepdim=True)
+        d2 = (differs[None] - layer.prototypes[:, None]).square().sum(2)
+        expected = (-d2 / 16).softmax(0)  # 2 sqrt(D)
+        torch.testing.assert_close(a, expected, atol=1e-5, rtol=1e-4)
+        for k in range(2):  # the background has no feature
+            won = expected.argmax(0) == k
+            region = (expected[k, won, None] * e[won]).sum(0) / expected[k, won].sum()
+            torch.testing.assert_close(features[k], region.nan_to_num(), atol=1e-5, rtol=1e-4)
+
+
+def test_parts_are_clusters_of_the_object_and_whiten_what_they_pool():
+    model, dataset = started_parts(shrinkage=0.0)
+    images = torch.stack([image for image, _ in dataset])
+    layers = model.backbone.last_patches(images, 3)
+    (e, foreground, background), *_ = model.sample_regions(dataset, 0)
+    centres = model.layers[0].prototypes
+    nearest = torch.cdist(e[foreground], centres[:-1]).argmin(1)
+    for k in range(3):
+        mean = e[foreground][nearest == k].mean(0)
+        torch.testing.assert_close(centres[k], mean, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(centres[-1], e[background].mean(0), atol=1e-4, rtol=1e-4)
+    for layer, patches in zip(model.layers, layers):
+        z, _ = layer.vote(layer(patches)[1])  # (24, K - 1, D)
+        torch.testing.assert_close(z.mean(0), torch.zeros_like(z[0]), atol=0.02, rtol=0)
+        spread = torch.linalg.svdvals(z.transpose(0, 1)).square() / 24  # of 23 directions, D 128
+        torch.testing.assert_close(spread[:, :20], torch.ones_like(spread[:, :20]), atol=0.05, rtol=0)
+    covariance = torch.randn(2, 5, 5).square() + 3 * torch.eye(5)
+    covariance = covariance @ covariance.mT
+    W = parts.whitening_of(covariance, 0.25)
+    variance = covariance.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    shrunk = 0.75 * covariance + 0.25 * variance * torch.eye(5)
+    torch.testing.assert_close(W.mT @ shrunk @ W, torch.eye(5).expand(2, 5, 5), atol=1e-3, rtol=0)
+    assert (parts.whitening_of(torch.zeros(1, 5, 5), 0.1) == 0).all()  # it won no patch
+
+
+def test_parts_vote_by_weights_of_their_own_and_nothing_else_is_trained():
+    model, dataset = started_parts()
+    images, labels = torch.stack([image for image, _ in dataset[:6]]), torch.arange(6) % 3
+    for layer in model.layers:
+        nn.init.normal_(layer.votes)
+    with torch.no_grad():
+        out = model(images)
+    assert out.concept_logits.shape == (6, 3 + 2 + 2, 3) and out.fused == []
+    torch.testing.assert_close(out.logits, out.concept_logits.mean(1))
+    for g in range(2):  # the last layer's come last
+        score = out.features[:, g] @ model.layers[-1].votes[g]
+        torch.testing.assert_close(out.concept_logits[:, 5 + g], score, atol=1e-4, rtol=1e-4)
+    owners = [maps.argmax(1) for maps in model(torch.stack([x for x, _ in dataset])).attention]
+    for l, groups in enumerate(out.groups):
+        assert groups.shape == (6, model.prototypes[l] - 1, 2)
+        for k, group in enumerate(groups[0]):
+            shared = [((owners[l] == k) & (owners[2] == g)).sum().item() for g in range(2)]
+            assert group.sum() == 1 and shared[group.argmax()] == max(shared)
+    fixed = {n: x.clone() for n, x in model.state_dict().items() if not n.endswith("votes")}
+    optimizer, _ = train.make_optimizer(model, SimpleNamespace(lr=0.1, batch_size=16))
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5
+    first = None
+    for _ in range(5):
+        losses, _ = model.train().losses(images, labels, THETA)
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+        first = first or losses["loss"].item()
+    assert losses["loss"] < 0.7 * first
+    for name, value in fixed.items():
+        assert torch.equal(model.state_dict()[name], value), name
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rounded = model.eval()(images)
+    assert all(maps.dtype == torch.float32 for maps in rounded.attention)
 
 
 # ---------------------------------------------------------------- all
@@ -466,23 +642,24 @@ def test_each_loss_reaches_what_its_paper_trains():
         "protopool": first_stage | dict(classification=scores | {"slots"}, slots={"slots"}),
     }
     for method, learners in expected.items():
-        model = tiny_baseline(method).train()
-        losses, logits = model.losses(images, labels)
+        model = tiny(method).train()
+        losses, logits = model.losses(images, labels, THETA)
+        del losses["loss"]
         assert {name: reached(model, loss) for name, loss in losses.items()} == learners, method
         assert torch.equal(losses["classification"], F.cross_entropy(logits, labels))
     for method in ("protopnet", "tesnet", "protopool"):
-        model = tiny_baseline(method).train()
-        model.set_epoch(1, 2)
-        losses, _ = model.losses(images, labels)
+        model = tiny(method).train()
+        model.before_epoch(1, 2)
+        losses, _ = model.losses(images, labels, THETA)
+        del losses["loss"]
         found = {name: reached(model, loss) for name, loss in losses.items()}
         learners = {"last", "add_on", "log_scale"}
         assert found == {"classification": learners, "last_layer": {"last"}}, method
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("tune", ["none", "tokens", "all"])
-def test_every_trained_parameter_has_one_rate(method, tune):
-    model = tiny_baseline(method, tune=tune)
+def test_every_trained_parameter_has_one_rate_and_the_loss_is_a_sum(method):
+    model = tiny(method)
     rates = {id(p): [] for p in model.parameters()}
     for group in model.parameter_groups(RATES):
         for p in group["params"]:
@@ -490,8 +667,9 @@ def test_every_trained_parameter_has_one_rate(method, tune):
     slow = {"prompts", "key_values", "add_on", "vectors", "log_scale", "concepts"}
     for name, p in model.named_parameters():
         part = name.split(".")[0]
-        if part == "backbone":
-            rate = 4.0 if tune == "all" else 2.0
+        if part == "backbone":  # frozen
+            assert not p.requires_grad and rates[id(p)] == [], name
+            continue
         elif name == "concepts.0.bias":
             rate = 3.0
         elif part == "slots":
@@ -502,21 +680,71 @@ def test_every_trained_parameter_has_one_rate(method, tune):
             rate = 10.0
         else:
             rate = 2.0 if part in slow else 1.0
-        assert rates[id(p)] == [rate] or not p.requires_grad, name
+        assert p.requires_grad and rates[id(p)] == [rate], name
+    losses, logits = model.losses(torch.randn(2, 3, 40, 40), torch.tensor([0, 2]), THETA)
+    total = losses.pop("loss")
+    assert logits.shape == (2, 3) and total.requires_grad
+    torch.testing.assert_close(total, sum(losses.values()))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_checkpoint_gives_the_baseline_back(method, tmp_path):
-    images, options = torch.randn(2, 3, 40, 40), options_of(method)
-    model = ivpt.build(options, 3).eval()
-    assert {"lr", "lr_prototypes"} <= model.rates.keys()
-    assert model.class_specific == (method in [*FAMILY, "prompt-cam"])
-    ivpt.save(tmp_path / "last.pt", dict(
-        options=options, classes=["a", "b", "c"], model=ivpt.trained_state(model),
-        fingerprint=ivpt.fingerprint(model)))
+def test_what_a_class_says_of_its_method_is_true(method):
+    cls = METHODS[method]
+    assert cls.class_specific == (method in [*FAMILY, "prompt-cam"])
+    hooks = cls.before_epoch, cls.after_epoch
+    assert cls.has_stages == (hooks != (ivpt.Method.before_epoch, ivpt.Method.after_epoch))
+    assert "lr" in cls.rates and cls.rates.keys() <= {f.name for f in fields(train.Options)}
+
+
+WORDS = {  # how an option of IVPT is typed
+    "prototypes": "--prototypes 6 5",
+    "bias_after_softmax": "--no-bias-after-softmax",
+    "fusion_mlp": "--no-fusion-mlp",
+    "tune": "--tune all",
+    "no_bias": "--no-bias",
+    "no_regions": "--no-regions",
+    "no_cross_layer": "--no-cross-layer",
+    "no_fusion": "--no-fusion",
+    "recipe": "--recipe paper",
+    "start": "--start noise",
+    "lr_fusion": "--lr-fusion 0.5",
+    "lr_bias": "--lr-bias 0.5",
+    "lr_backbone": "--lr-backbone 0.5",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_option_that_a_method_does_not_take_is_refused(method):
+    assert WORDS.keys() == set(ivpt.IVPT.accepts)
+    for name, words in WORDS.items():
+        words = ["--method", method, *words.split()]
+        if name in METHODS[method].accepts:
+            assert train.parse(words).sources[name] == "typed"
+            continue
+        option = words[2].replace("--no-bias-", "--bias-").replace("--no-fusion-", "--fusion-")
+        with pytest.raises(ValueError, match=f"{option}: .*{method}"):
+            train.parse(words)
+
+
+def test_which_options_of_ivpt_the_methods_take():
+    taken = {method: set(cls.accepts) for method, cls in METHODS.items() if cls.accepts}
+    one_layer = {"bias_after_softmax", "no_bias", "no_regions", "lr_fusion", "lr_bias"}
+    assert taken == {"parts": {"prototypes"}, "vpt-deep-proto": one_layer}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_gives_the_method_back(method, tmp_path):
+    images, model = torch.randn(2, 3, 40, 40), tiny(method)
+    for x in model.buffers():
+        if x.is_floating_point() and x is not getattr(model, "own", None):
+            x.uniform_(0.5, 1.5)
+    data.save(tmp_path / "last.pt", dict(
+        options=options_of(method), classes=["a", "b", "c"], model=model.state_dict()))
     loaded, _ = ivpt.load_checkpoint(tmp_path / "last.pt")
     assert type(loaded) is METHODS[method]
-    assert torch.equal(loaded(images).logits, model(images).logits)
+    out = loaded(images)
+    assert out.logits.any() and torch.equal(out.logits, model(images).logits)
+    assert [maps.shape for maps in out.attention] == [(2, K, 5, 5) for K in loaded.prototypes]
 
 
 @pytest.fixture(scope="module")
@@ -543,7 +771,7 @@ def test_every_method_resumes_is_evaluated_drawn_and_explained(
                       lambda *args: real(*args) if args[2] == 0 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train.train(train.parse([*options, "--out", str(run)]))
-    if hasattr(METHODS[method], "after_epoch"):  # its stages depend on the number of epochs
+    if METHODS[method].has_stages:
         with pytest.raises(ValueError, match="trained with epochs 2, now 3"):
             train.train(train.parse(["--resume", "--out", str(run), "--epochs", "3"]))
     metrics = train.train(train.parse(["--resume", "--out", str(run)]))
@@ -568,9 +796,9 @@ RUNNER = """import sys
 sys.path.insert(0, {root!r})
 import torch
 import train
-from baselines import METHODS
-joined = train.evaluate.start_processes(torch.device("cpu"))
-train.evaluate.start_processes = lambda device: joined  # once for all methods
+from methods import METHODS
+joined = train.data.start_processes(torch.device("cpu"))
+train.data.start_processes = lambda device: joined  # once for all methods
 torch.nn.functional.gumbel_softmax = lambda logits, **_: logits.softmax(-1)
 train.data.sample_affine = lambda: torch.tensor([[0.0, 1, 0], [-1, 0, 0]])
 train.presence = lambda A: 0 * A.sum()
@@ -594,6 +822,7 @@ def test_a_step_of_two_processes_is_that_of_one(birds, tmp_path):
     for method in METHODS:
         alone, two = (torch.load(tmp_path / (name + method) / "last.pt", weights_only=True)
                       for name in ("alone_", "two_"))
+        assert two["optimizer"]["state"], method
         for i, state in two["optimizer"]["state"].items():
             expected = alone["optimizer"]["state"][i]["exp_avg"]
             close = 1e-3 * expected.abs().max().item() + 1e-8  # rounding
