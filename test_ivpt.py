@@ -1803,32 +1803,31 @@ def test_gradients_are_clipped_and_val_is_every_fourth_image(birds, tmp_path, mo
 
 # ---------------------------------------------------------------- as a user sees it
 
-@pytest.fixture(scope="module")
-def core_alone(tmp_path_factory):
-    """The seven files in an empty folder, and a ViT's weights."""
-    folder = tmp_path_factory.mktemp("core")
+ALONE = """import sys, train, evaluate
+for words in (["--data", "cub", "--data-root", sys.argv[1], "--out", "cub"],
+              ["--data", sys.argv[2], "--batch-size", "2", "--out", "classes"]):
+    words += ["--weights", "vit.pth", "--image-size", "56", "--epochs", "1", "--workers", "0"]
+    metrics = train.train(train.parse(words))
+    evaluate.main(["--ckpt", words[-9] + "/last.pt"])
+print({"methods", "prepare", "explore"} & set(sys.modules), flush=True)
+import data
+sys.argv = ["train.py", "--method", "parts"]
+data.run_script(train.main)
+"""
+
+
+def test_the_seven_files_stand_alone(birds, tmp_path):
+    """Copied into an empty folder they train and evaluate on CUB and on a folder of classes."""
     for name in ("model", "kernels", "data", "train", "evaluate", "test_ivpt"):
-        shutil.copy(ROOT / f"{name}.py", folder)
-    torch.save(tiny_backbone().state_dict(), folder / "vit.pth")
-    return folder
-
-
-@pytest.mark.parametrize("layout", ["cub", "classes"])
-def test_the_seven_files_stand_alone(layout, core_alone, birds, tmp_path):
-    """Copied into an empty folder they train and evaluate."""
-    write_classes(tmp_path / "classes")
-    where = ["cub", "--data-root", birds] if layout == "cub" else [tmp_path / "classes"]
-    batch = 16 if layout == "cub" else 2
-    command = ["train.py", "--data", *where, "--weights", "vit.pth", "--image-size", 56,
-               "--epochs", 1, "--batch-size", batch, "--workers", 0, "--out", tmp_path / "run"]
-    out = script(*command, cwd=core_alone).stdout
-    assert f"python evaluate.py --ckpt {tmp_path}/run/last.pt --visualize" in out.splitlines()[-1]
-    metrics = (tmp_path / "run" / "metrics.json").read_bytes()
-    out = script("evaluate.py", "--ckpt", tmp_path / "run/last.pt", cwd=core_alone).stdout
-    assert "consistency" in out and (tmp_path / "run" / "metrics.json").read_bytes() == metrics
-    if layout == "classes":  # what needs another folder says so
-        error = script("train.py", "--method", "parts", cwd=core_alone, code=2).stderr
-        assert "take the whole repository" in error and error.count("\n") == 1
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    torch.save(tiny_backbone().state_dict(), tmp_path / "vit.pth")
+    write_classes(tmp_path / "folder")
+    done = script("-c", ALONE, birds, tmp_path / "folder", cwd=tmp_path, code=2)
+    assert done.stdout.count("accuracy ") == 4 and done.stdout.endswith("\nset()\n")
+    for run, consistency in (("cub", float), ("classes", type(None))):
+        metrics = json.loads((tmp_path / run / "metrics.json").read_text())
+        assert isinstance(metrics["headline"]["consistency"], consistency)
+    assert re.fullmatch("error: .*take the whole repository\n", done.stderr)
 
 
 def test_core_files_import_without_posix_modules_and_triton():
@@ -1841,40 +1840,46 @@ def test_core_files_import_without_posix_modules_and_triton():
            "assert kernels.triton is None and torch.allclose(maps.sum(1), torch.ones(2, 7))")
 
 
-TWO_PROCESSES = """import sys
-sys.path.insert(0, {root!r})
-import torch, data, train
+FIXED = """import torch, data, train
 torch.nn.functional.gumbel_softmax = lambda logits, tau: logits.softmax(-1)
 data.sample_affine = lambda: torch.tensor([[0.0, 1, 0], [-1, 0, 0]])
 train.presence = lambda A: 0 * A.sum()
+"""
+RUNNER = """import os, sys
+sys.path.insert(0, {root!r})
+{fixed}
 train.main()
+if os.environ["RANK"] == "0":
+    os.rename({run!r} + "/metrics.json", {run!r} + "/first")
+train.evaluate.main(["--ckpt", {run!r} + "/last.pt"])
 """
 
 
-def test_two_processes_train_and_evaluate_like_one(birds, tmp_path):
+def test_two_processes_train_and_evaluate_like_one(birds, tmp_path, monkeypatch):
     """torchrun over gloo. Presence is left out, the affine map and the grouping are fixed: then the
     gradient equals one process's. Rank 0 alone writes; the metrics equal one process's."""
     run, alone, runner = tmp_path / "run", tmp_path / "alone", tmp_path / "run.py"
     root = shutil.copytree(birds, tmp_path / "birds")
     split = root / "CUB_200_2011" / "train_test_split.txt"
     split.write_text(split.read_text().replace(" 0\n", " 1\n", 1))  # 11 test images: 5 and 6
-    runner.write_text(TWO_PROCESSES.format(root=str(ROOT)))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    states = []
-    for processes, out in (([], alone), (torchrun, run)):
-        script(*processes, runner, *TINY_RUN, "--data-root", root, "--epochs", 1,
-               "--batch-size", 48, "--out", out)
-        states.append(torch.load(out / "last.pt", weights_only=True)["optimizer"]["state"])
+    words = [*TINY_RUN, "--data-root", root, "--epochs", 1, "--batch-size", 48, "--out"]
+    runner.write_text(RUNNER.format(root=str(ROOT), fixed=FIXED, run=str(run)))
+    script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", runner, *words, run)
+    for module, name in ((F, "gumbel_softmax"), (data, "sample_affine"), (train, "presence")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # puts them back at the end
+    exec(FIXED, {})
+    train.train(train.parse([str(word) for word in (*words, alone)]))
+    states = [torch.load(out / "last.pt", weights_only=True)["optimizer"]["state"]
+              for out in (alone, run)]
+    assert states[1].keys() == states[0].keys() and states[1]
     for i, state in states[1].items():  # after a single step Adam's first moment is the gradient
         expected = states[0][i]["exp_avg"]
         torch.testing.assert_close(state["exp_avg"], expected, rtol=1e-3,
                                    atol=1e-3 * expected.abs().max().item() + 1e-9)
-    together = (run / "metrics.json").read_bytes()
+    after_training, together = ((run / name).read_bytes() for name in ("first", "metrics.json"))
     assert json.loads(together)["protocol"]["images"] == 11
-    for processes in ([], torchrun):
-        (run / "metrics.json").unlink()
-        script(*processes, "evaluate.py", "--ckpt", run / "last.pt")
-        assert (run / "metrics.json").read_bytes() == together
+    evaluate.main(["--ckpt", str(run / "last.pt")])
+    assert (run / "metrics.json").read_bytes() == together == after_training
 
 
 # ---------------------------------------------------------------- as it is documented and typed

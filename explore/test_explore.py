@@ -279,7 +279,8 @@ def new_run(birds, folder, *words):
     """-> the model before its first step, as train.py makes it, and the path of its checkpoint."""
     args = train.parse(options_of(birds, *words))
     images = data.Images(birds / "birds", "train", "test", 56)
-    model = train.new_model(args, images, images, torch.device("cpu"))
+    model = train.new_model(args, images, torch.device("cpu"))
+    model.start(images, args)
     path = folder / "last.pt"
     data.save(path, dict(options=vars(args), classes=images.classes, model=model.state_dict()))
     return model.eval(), path

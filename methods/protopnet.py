@@ -86,10 +86,12 @@ class ClassPrototypes(Method):
         self.last = nn.Parameter(1.5 * own - 0.5)  # W: 1 to the own class, -1/2 to others
 
     def classify(self, cosines, W, labels):
-        """cosines (B, N, C m), W (C, C m) -> Output with the maps of the labels' prototypes, or of
-        those of the predicted classes (None)."""
-        similarity = self.log_scale.exp() * cosines
-        scores = similarity.amax(1)  # (B, C m)
+        """cosines (B, N, C m), W (C, C m) -> Output with the maps of the labels' prototypes.
+
+        Without labels they are those of the predicted classes.
+        """
+        similarity = self.log_scale.exp() * cosines  # s cos(z, p_j)
+        scores = similarity.amax(1)  # max over patches, (B, C m)
         logits = product(scores, W.T)
         if labels is None:
             labels = logits.argmax(1)
@@ -126,8 +128,8 @@ class ProtoPNet(ClassPrototypes):
         1. A, s and the prototypes are trained: cross entropy + 0.2 Clst + 0.08 Sep, with the
            squared distance |z - p|^2 = 2 - 2 cos(z, p) of unit vectors.
         Then every prototype is projected onto the nearest patch of its class's training images.
-        2. The last five epochs, or half of fewer than ten. A prototype stays the patch e_p of an
-           image: p = A e_p. W, A and s are trained: cross entropy + 1e-4 sum |W to other classes|.
+        2. In the last five epochs, or half of a run below ten, W, A and s are trained: cross
+           entropy + 1e-4 sum |W to other classes|. A prototype stays on its patch e_p: p = A e_p.
 
     The paper's z is sigmoid(A2 relu(A1 e)), its similarity log((d2 + 1) / (d2 + 1e-4)) of the
     squared distance d2. In its stage 2 only W is trained; here that would not make up for what
@@ -153,7 +155,7 @@ class ProtoPNet(ClassPrototypes):
         if self.stage == 1:
             return compare(z, self.vectors)
         with torch.autocast(z.device.type, enabled=False):
-            return compare(z, self.add_on(self.sources))
+            return compare(z, self.add_on(self.sources))  # p = A e_p
 
     def class_weights(self):
         """W (C, C m), from scores to logits; fixed in stage 1."""
@@ -175,7 +177,7 @@ class ProtoPNet(ClassPrototypes):
         return losses, logits
 
     def before_epoch(self, epoch, epochs):
-        first = epochs - min(5, epochs // 2)
+        first = epochs - min(5, epochs // 2)  # epochs of stage 1
         self.stage = 1 if epoch < first else 2
 
     @torch.no_grad()
@@ -189,8 +191,8 @@ class ProtoPNet(ClassPrototypes):
     def project(self, dataset, own):
         """Makes e_p the patch nearest to a prototype in its class's images: one can look at it.
 
-        own (C, P): which prototypes a class owns. One of no class, or of one without images, has
-        e_p = 0.
+        own (C, P): which prototypes a class owns. One that is nobody's, or whose class has no
+        images, has e_p = 0.
         """
         best = torch.full_like(self.vectors[:, 0], -math.inf)  # (P), cosine of e_p so far
         self.sources.zero_()
@@ -367,9 +369,9 @@ class ProtoPool(ProtoPNet):
         g_p = max over patches of similarity_p - mean over patches        (focal similarity)
         score of a slot = sum over the pool of q_p g_p
         W starts at 1 to the slot's class, 0 to others
-        1. A quarter of the epochs. A, s, the prototypes and the slots are trained:
-           cross entropy + 0.2 Clst + 0.08 Sep + slot similarity
-           The sharpness grows to 1000 as the root of the epoch.
+        1. In a quarter of the epochs A, s, the prototypes and the slots are trained: cross entropy
+           + 0.2 Clst + 0.08 Sep + slot similarity. The sharpness grows to 1000 as the root of the
+           epoch.
         Then every prototype that a class owns is projected, as in ProtoPNet.
         2. q is one-hot, the rest as in ProtoPNet.
 
@@ -402,7 +404,8 @@ class ProtoPool(ProtoPNet):
         W = self.class_weights()
         focal = cosines - cosines.mean(1, keepdim=True)
         similarity = self.log_scale.exp() * focal  # (B, N, P)
-        scores = product(similarity.amax(1), q.flatten(0, 1).T)  # (B, C m)
+        g = similarity.amax(1)
+        scores = product(g, q.flatten(0, 1).T)  # sum over the pool of q_p g_p, (B, C m)
         logits = product(scores, W.T)
         if labels is None:
             labels = logits.argmax(1)
@@ -426,7 +429,7 @@ class ProtoPool(ProtoPNet):
         return losses, logits
 
     def before_epoch(self, epoch, epochs):
-        first = max(1, epochs // 4)
+        first = max(1, epochs // 4)  # epochs of stage 1
         self.stage = 1 if epoch < first else 2
         self.sharpness = 1000 * ((epoch + 1) / first) ** 0.5  # for stage 1
 

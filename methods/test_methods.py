@@ -756,6 +756,7 @@ def birds(tmp_path_factory):
 
 SMALL = ["--weights", "toy", "--pretrain", "0", "--image-size", "40", "--epochs", "2",
          "--workers", "0", "--device", "cpu"]
+FEW = {"parts": ["--prototypes", "4", "3"]}  # clusters take time
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -764,8 +765,11 @@ def test_every_method_resumes_is_evaluated_drawn_and_explained(
     """A run that is cut in its second epoch ends, bit for bit, where the uncut run ends."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     options = ["--data", str(birds), "--method", method, *SMALL, "--batch-size", "10"]
-    train.train(train.parse([*options, "--out", str(whole)]))
+    options += FEW.get(method, [])
     with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "evaluate", lambda *_, **__: {})  # of the uncut run it tells nothing
+        patch.setattr(evaluate, "table", str)
+        train.train(train.parse([*options, "--out", str(whole)]))
         real = train.epoch_batches
         patch.setattr(train, "epoch_batches",
                       lambda *args: real(*args) if args[2] == 0 else 1 / 0)
@@ -794,31 +798,42 @@ def test_every_method_resumes_is_evaluated_drawn_and_explained(
 
 RUNNER = """import sys
 sys.path.insert(0, {root!r})
-import torch
+import torch.distributed
+import torch.multiprocessing
 import train
 from methods import METHODS
-joined = train.data.start_processes(torch.device("cpu"))
-train.data.start_processes = lambda device: joined  # once for all methods
+
 torch.nn.functional.gumbel_softmax = lambda logits, **_: logits.softmax(-1)
 train.data.sample_affine = lambda: torch.tensor([[0.0, 1, 0], [-1, 0, 0]])
 train.presence = lambda A: 0 * A.sum()
-train.evaluate.evaluate = lambda *_, **__: dict(layers=[])
+train.evaluate.evaluate = lambda *_, **__: {{}}
 train.evaluate.table = str
-for method in METHODS:
-    train.train(train.parse([*sys.argv[2:], "--method", method, "--out", sys.argv[1] + method]))
+
+
+def train_all(rank, world, out):
+    if world > 1:
+        torch.distributed.init_process_group(
+            "gloo", init_method="file://" + out + "meeting", rank=rank, world_size=world)
+    train.data.start_processes = lambda device: (rank, world)
+    for method in METHODS:
+        words = [*sys.argv[2:], *{few}.get(method, []), "--method", method, "--out", out + method]
+        train.train(train.parse(words))
+
+
+for world, name in ((1, "alone_"), (2, "two_")):
+    torch.multiprocessing.start_processes(
+        train_all, (world, sys.argv[1] + name), world, start_method="fork")
 """
 
 
 def test_a_step_of_two_processes_is_that_of_one(birds, tmp_path):
-    """torchrun over gloo; presence left out, nothing random: then the gradient is the same, which
-    after a single step is Adam's first moment."""
+    """Over gloo; presence left out, nothing random: then the gradient is the same, which after a
+    single step is Adam's first moment."""
     runner = tmp_path / "run.py"
-    runner.write_text(RUNNER.format(root=str(ROOT)))
-    options = ["--data", birds, *SMALL, "--batch-size", 20, "--epochs", 1, "--no-amp"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for processes, name in (([], "alone_"), (torchrun, "two_")):
-        words = [sys.executable, *processes, runner, tmp_path / name, *options]
-        subprocess.run([str(word) for word in words], check=True, capture_output=True)
+    runner.write_text(RUNNER.format(root=str(ROOT), few=FEW))
+    words = [sys.executable, runner, f"{tmp_path}/", "--data", birds, *SMALL,
+             "--batch-size", 20, "--epochs", 1, "--no-amp"]
+    subprocess.run([str(word) for word in words], check=True, capture_output=True)
     for method in METHODS:
         alone, two = (torch.load(tmp_path / (name + method) / "last.pt", weights_only=True)
                       for name in ("alone_", "two_"))

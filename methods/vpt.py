@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from model import IVPT, Method, Output, to_float32
+from model import IVPT, PROTOTYPES, Method, Output, to_float32
 
 
 # ---------------------------------------------------------------- what the methods share
@@ -170,7 +170,7 @@ class VPTDeepPrototypes(IVPT):
                         equivariance=0.2, orthogonality=1.0)
 
     def __init__(self, backbone, num_classes, num_prompts=10, **arguments):
-        super().__init__(backbone, num_classes, no_cross_layer=True, **arguments)
+        super().__init__(backbone, num_classes, PROTOTYPES[-1:], **arguments)  # one layer
         self.free_prompts = new_prompts(len(backbone.blocks), num_prompts, backbone)
         nn.init.normal_(self.concepts[0].prototypes, std=0.01)
 
