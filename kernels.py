@@ -43,7 +43,7 @@ except ImportError:  # no Triton for macOS and Windows: the reference serves
 
 # --- 1. The reference: plain PyTorch, the CPU path and the oracle of the tests --------------------
 def _attend(x, q, b, bias_after_softmax, smoothing):
-    """The maths up to a: s, v and a, each (B, N, K)."""
+    """The maths up to a: s, v, a, and bool: whether k won patch n; each (B, N, K)."""
     logits = F.linear(x, 2 * q, -q.square().sum(1))
     s = (logits if bias_after_softmax else logits + b.T).softmax(-1)
     v = s + b.T if bias_after_softmax else s
@@ -51,15 +51,10 @@ def _attend(x, q, b, bias_after_softmax, smoothing):
     if smoothing > 0:
         a = a + smoothing
         a = a / a.sum(-1, keepdim=True)
-    return s, v, a
-
-def _won(attention):
-    """(B, N, K) bool: which concept each patch belongs to, the first of those of largest share.
-
-    Not by argmax: of transposed tensors torch.compile's can be wrong (pytorch issue 178964).
-    """
-    largest = attention == attention.amax(-1, keepdim=True)
-    return largest & (largest.cumsum(-1) == 1)
+    # The first of the largest. torch.compile's argmax can be wrong here (pytorch issue 178964).
+    largest = a == a.amax(-1, keepdim=True)
+    won = largest & (largest.cumsum(-1) == 1)
+    return s, v, a, won
 
 def prototype_attention_reference(x, prototypes, bias, bias_after_softmax=True, *,
                                   smoothing=0.0, detach_maps=False):
@@ -73,8 +68,9 @@ def prototype_attention_reference(x, prototypes, bias, bias_after_softmax=True, 
     with torch.autocast(x.device.type, enabled=False):  # logits in the hundreds enter an exponent
         patches = x.to(dtype)
         seen = patches.detach() if detach_maps else patches
-        _, _, a = _attend(seen, prototypes.to(dtype), bias.to(dtype), bias_after_softmax, smoothing)
-        region = torch.where(_won(a), a, 0)  # r (B, N, K)
+        q, b = prototypes.to(dtype), bias.to(dtype)
+        _, _, a, won = _attend(seen, q, b, bias_after_softmax, smoothing)
+        region = torch.where(won, a, 0)  # r (B, N, K)
         mass = region.sum(1)  # (B, K)
         mean = region.mT @ patches / torch.where(mass > 0, mass, 1)[..., None]
         pooled = torch.where(mass[..., None] > 0, mean, 0)  # an empty region has no gradient
@@ -174,7 +170,8 @@ def _pool_kernel(
     part_mass = tl.load(part_mass_ptr + row, block < blocks, other=0.0)
     mass = tl.sum(part_mass, 0)
     inside = (block < blocks)[:, None] & (d < D)[None, :]
-    part = tl.load(part_ptr + row[:, None] * D + d[None, :], inside, other=0.0)
+    offsets = row[:, None] * D + d[None, :]
+    part = tl.load(part_ptr + offsets, inside, other=0.0)
     pooled = tl.sum(part, 0) / tl.where(mass > 0, mass, 1.0)
     tl.store(pooled_ptr + region * D + d, pooled.to(pooled_ptr.dtype.element_ty), d < D)
     tl.store(mass_ptr + region, mass)
@@ -209,8 +206,7 @@ def backward_reference(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
     with torch.autocast(x.device.type, enabled=False):
         e, q, dP = x.to(dtype), prototypes.to(dtype), dP.to(dtype)
         a = attention.mT
-        s, v, _ = _attend(e, q, bias.to(dtype), bias_after_softmax, smoothing)
-        won = _won(a)
+        s, v, _, won = _attend(e, q, bias.to(dtype), bias_after_softmax, smoothing)
         inverse = torch.where(mass > 0, 1 / mass, 0)[:, None]  # (B, 1, K)
         dP_p = (dP * pooled).sum(-1)[:, None]
         dr = dm[:, None] + (e @ dP.mT - dP_p) * inverse
@@ -222,7 +218,8 @@ def backward_reference(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
         h = torch.where(v < 0, 0, du)
         dl = s * (h - (h * s).sum(-1, keepdim=True))
         products = dl.flatten(0, 1).T @ e.flatten(0, 1)
-        dq = 2 * (products - q * dl.sum((0, 1))[:, None])
+        sums = dl.sum((0, 1))[:, None]  # (K, 1)
+        dq = 2 * (products - q * sums)
         db = (h if bias_after_softmax else dl).sum(0).T
         dx = (won * a * inverse) @ dP
         if not detach_maps:
@@ -263,8 +260,10 @@ def _backward_kernel(
             dP = _load(dP_ptr, k, d, K, D)
             dP_x = tl.dot(dP, x, dP_x, input_precision="ieee")  # meets no exponent: one long sum
 
-    inverse = tl.load(inverse_ptr + image * K + k, k < K, other=0.0)[:, None]
-    c = tl.load(c_ptr + image * K + k, k < K, other=0.0)[:, None]
+    inverse = tl.load(inverse_ptr + image * K + k, k < K, other=0.0)
+    inverse = inverse[:, None]
+    c = tl.load(c_ptr + image * K + k, k < K, other=0.0)
+    c = c[:, None]
     a = _load(attention_ptr + image * K * N, k, n, K, N)
     won = _winners(a, k, n, N)
     weight = tl.where(won, a * inverse, 0.0).to(dtype)  # a_w / m_w, at most 1: safe in fp16
@@ -413,7 +412,7 @@ def prototype_attention(x, prototypes, bias, bias_after_softmax=True, *,
     if prototypes.shape != (K, D) or bias.shape != (K, N):
         found = [list(tensor.shape) for tensor in (x, prototypes, bias)]
         raise ValueError(f"x, prototypes, bias: found {found}, expected (B, N, D), (K, D), (K, N)")
-    if not _fused(x):
+    if not x.is_cuda:
         return prototype_attention_reference(x, prototypes, bias, bias_after_softmax,
                                              smoothing=smoothing, detach_maps=detach_maps)
     if x.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):

@@ -9,7 +9,8 @@ prompts. IVPT puts both before each of the last four blocks, and a concept layer
 Letters in shapes, the same in every file:
 
     B images   T tokens   N = h*w patches   D width   K prototypes of a layer, background last
-    G coarse concepts = K of the last layer - 1   C classes   M parts   S image side in pixels
+    G coarse concepts = K of the last layer - 1   C classes   M parts   S image side in pixels;
+    in the fusion S is the paper's soft grouping of K - 1 concepts into G
 
 sg(x), the stop-gradient, is x.detach(): the value of x, through which no gradient flows back.
 """
@@ -70,7 +71,7 @@ class Attention(nn.Module):
         return self.attend(q, k, v)
 
     def attend(self, q, k, v):
-        """Queries (B, heads, T, 64) read the values of J tokens by their keys -> (B, T, D)."""
+        """Queries (B, heads, T, 64) read the values of other tokens by their keys -> (B, T, D)."""
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # there the fused call is slower
             scale = q.shape[-1] ** -0.5
             y = (q * scale @ k.transpose(2, 3)).softmax(-1) @ v
@@ -112,7 +113,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Prompts (B, G, D) are tokens of this block alone: the others attend to them, nothing else."""
+    """Prompts (B, G, D) are tokens of this block alone: the others attend to them."""
 
     def __init__(self, width, swiglu=0):
         super().__init__()
@@ -227,6 +228,393 @@ class VisionTransformer(nn.Module):
         return [*layers, self.normed_patches(tokens)]
 
 
+# ---------------------------------------------------------------- the concept layer and the fusion
+
+class ConceptLayer(nn.Module):
+    """K class-agnostic prototypes q_k claim N patches e. The maths and its gradients: kernels.py.
+
+    Concept region discovery, with a spatial bias b_k for each patch:
+        a_k = max(softmax_k(-|e - q_k|^2) + b_k, 0)        bias_after_softmax, the paper's text
+        a_k = softmax_k(-|e - q_k|^2 + b_k)                as released
+    Intra-region aggregation: p_k = sum(a_k e) / sum(a_k) over the patches where a_k is largest.
+    The arguments are explained at IVPT.
+    """
+
+    def __init__(self, K, width, num_patches, bias_after_softmax=True, no_bias=False,
+                 no_regions=False):
+        super().__init__()
+        self.bias_after_softmax, self.no_regions = bias_after_softmax, no_regions
+        self.prototypes = nn.Parameter(0.05 * torch.randn(K, width))
+        self.bias = nn.Parameter(torch.zeros(K, num_patches), requires_grad=not no_bias)
+
+    def forward(self, patches, smoothing=0.0):
+        """patches (B, N, D) -> attention a (B, K, N), pooled p (B, K, D), mass (B, K), p's divisor.
+
+        smoothing: what is added to every share before pooling. The maps see sg(patches), so only
+        pooled moves the patches.
+        """
+        attention, pooled, mass = prototype_attention(
+            patches, self.prototypes, self.bias, self.bias_after_softmax,
+            smoothing=smoothing, detach_maps=True)
+        if self.no_regions:  # every patch counts by its share of the concept
+            mass = attention.sum(2)
+            weights = attention / mass[..., None].clamp_min(1e-30)
+            pooled = weights.to(patches.dtype) @ patches
+        return attention, pooled, mass
+
+
+def smooth(a):
+    """Shares a (B, K, N), made positive: they sum to 1 over K again."""
+    return (a + SMOOTHING) / (a + SMOOTHING).sum(1, keepdim=True)
+
+
+class Fusion(nn.Module):
+    """Fine-to-coarse fusion: K - 1 region features, grouped into G concepts, become G prompts.
+
+    no_fusion, for the ablation: every fine concept prompts by itself, so G is K - 1.
+    """
+
+    def __init__(self, width, G, fusion_mlp=True, no_fusion=False):
+        super().__init__()
+        self.grouping = None if no_fusion else nn.Linear(width, G)
+        self.norm = nn.LayerNorm((G, width))
+        self.head = nn.Linear(width, width)  # one Linear as released; the text has an MLP
+        if fusion_mlp:
+            self.head = nn.Sequential(self.head, nn.GELU(), nn.Linear(width, width))
+
+    def forward(self, pooled, mass):
+        """pooled (B, K-1, D), mass (B, K-1) -> prompts (B, G, D), S (B, K-1, G), rows of sum 1."""
+        if self.grouping is None:
+            return self.head(self.norm(pooled)), None
+        logits = to_float32(self.grouping(pooled))
+        if self.training:
+            S = F.gumbel_softmax(logits, tau=1.0)
+        else:  # the released program samples here, too; we keep evaluation deterministic
+            S = logits.softmax(-1)
+        empty = mass[..., None] == 0  # such a region belongs to all groups alike
+        S = torch.where(empty, 1 / S.shape[2], S)
+        weights = S.detach().transpose(1, 2)  # sg: grouping learns from the fused maps alone
+        with torch.autocast(pooled.device.type, enabled=False):
+            sums = weights @ to_float32(pooled)  # (B, G, D)
+            coarse = sums / weights.sum(-1, keepdim=True).clamp_min(1e-30)  # 0 / 0 would be nan
+        return self.head(self.norm(coarse)), S
+
+
+def fuse_maps(a, S):
+    """Raw shares a (B, K, N), grouping S (B, K-1, G) -> fused map (B, G+1, N) of sum 1.
+
+    Like the authors' program we fuse raw shares; fused maps are never smoothed. The background's
+    share stays as it is.
+    """
+    with torch.autocast(a.device.type, enabled=False):  # shares must not be rounded to bf16
+        concepts = S.transpose(1, 2) @ a[:, :-1]
+        fused = torch.cat([concepts, a[:, -1:]], dim=1)
+        return fused / fused.sum(1, keepdim=True).clamp_min(1e-30)  # the bias may leave no share
+
+
+# ---------------------------------------------------------------- what every method is
+
+class Output(NamedTuple):  # as IVPT fills it; the docstrings in methods/ say what differs
+    logits: torch.Tensor          # (B, C), the mean of the concepts' class scores
+    concept_logits: torch.Tensor  # (B, G, C), class scores of every concept that votes
+    attention: list               # per concept layer (B, K_l, h, w), smoothed, sums to 1 over K_l
+    groups: list                  # per prompted layer (B, K_l - 1, G)
+    fused: list                   # per prompted layer (B, G + 1, h, w), background last
+    features: torch.Tensor        # (B, G + 1, D), normalised region features of the last layer
+
+
+class Method(nn.Module):
+    """What train.py, evaluate.py and explore/ ask of a method. IVPT is one; methods/ has others.
+
+    A method sets prototypes: for each map that it shows, the number of channels, background last.
+    """
+
+    rates = {}              # options with another default than train.py's
+    accepts = ()            # which of IVPT's options it takes; typing another one is an error
+    class_specific = False  # every class has prototypes of its own
+    has_stages = False      # they depend on --epochs, so --resume must not change it
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone.requires_grad_(False)  # used, not copied
+        self.grid = backbone.grid  # (h, w)
+
+    def forward(self, images, labels=None):
+        """images (B, 3, S, S) -> Output.
+
+        labels (B): the classes whose prototypes to show, where each class has its own; None: those
+        of the predicted classes.
+        """
+        raise NotImplementedError
+
+    def losses(self, images, labels, theta):
+        """One training step: a dict of scalars with "loss", their sum; and logits (B, C).
+
+        theta (2, 3): an affine map, for losses that compare two views. See train.ivpt_losses.
+        """
+        raise NotImplementedError
+
+    def parameter_groups(self, args):
+        """Adam's groups: what is trained, at which rate. args: train.Options; batches of 16."""
+        raise NotImplementedError
+
+    def start(self, dataset, args):
+        """Called once before the first step. dataset: the training images in the test view."""
+
+    def before_epoch(self, epoch, epochs):
+        """Called before each of the epochs, numbered from 0."""
+
+    def after_epoch(self, epoch, epochs, dataset):
+        """Called after each of them. dataset: as in start."""
+
+    def sample_regions(self, dataset, seed):
+        """Where prototypes are clusters: for every layer patches e (n, D) of the dataset's images
+        as the prototypes meet them, and bool (n) twice: in the foreground, in the background."""
+        raise ValueError(f"{type(self).__name__}: its prototypes are not clusters of patches")
+
+
+def tune_backbone(backbone, tune):
+    """What of a frozen backbone is trained: "none" (paper), its "tokens" (released) or "all"."""
+    tokens = ("cls_token", "register_tokens", "pos_embed")
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad = tune == "all" or (tune == "tokens" and name in tokens)
+    backbone.mask_token.requires_grad = False
+
+
+# ---------------------------------------------------------------- IVPT
+
+class IVPT(Method):
+    """Interpretable visual prompt tuning of a VisionTransformer.
+
+    prototypes: how many each concept layer has, the background counted. The last layer reads the
+        output. Each of the others prompts one block: these are the backbone's last blocks.
+    bias_after_softmax: a = max(softmax + bias, 0) as in the text; False: softmax(logit + bias).
+    fusion_mlp: fusion head with an MLP (paper) or one Linear (released).
+    tune: see tune_backbone.
+    no_bias, no_regions, no_cross_layer, no_fusion: take an idea away, for the paper's ablation.
+        With no_cross_layer the last concept layer stands alone and nothing is prompted.
+    Raises ValueError where prototypes and backbone do not fit.
+
+    Who learns from what; every stop-gradient in forward is meant:
+        prototypes, biases of prompted layers   the six losses on maps; what they pool is sg
+        grouping                                region consistency alone, through the fused maps
+        fusion norm and head                    classification and orthogonality, through prompts
+        prototypes, bias of the last layer      all but region consistency, whose target they are
+        norm of the region features             classification and orthogonality
+        class head                              classification alone
+        tuned tokens or backbone                classification and orthogonality
+    The six on maps: region consistency, total variation, presence, background presence, entropy,
+    equivariance. Its method losses is train.ivpt_losses, which train.py puts here.
+    """
+
+    arguments = ("prototypes", "bias_after_softmax", "fusion_mlp", "tune",
+                 "no_bias", "no_regions", "no_cross_layer", "no_fusion")
+    accepts = (*arguments, "recipe", "start", "lr_fusion", "lr_bias", "lr_backbone")
+
+    def __init__(self, backbone, num_classes, prototypes=PROTOTYPES, bias_after_softmax=True,
+                 fusion_mlp=True, tune="none", no_bias=False, no_regions=False,
+                 no_cross_layer=False, no_fusion=False):
+        super().__init__(backbone)
+        depth = len(backbone.blocks)
+        if not 1 <= len(prototypes) <= depth + 1 or min(prototypes) < 2:
+            raise ValueError(f"prototypes {prototypes}: expected 1 to {depth + 1} numbers, "
+                             "each at least 2 (one concept and the background)")
+        if min(backbone.grid) < 3:
+            raise ValueError(f"image size {backbone.image_size}: {backbone.grid} patches, "
+                             "expected at least 3 a side")
+        if no_cross_layer:
+            prototypes = prototypes[-1:]
+        self.prototypes = tuple(prototypes)  # how many; they themselves are in concepts
+        self.tune = tune
+        tune_backbone(backbone, tune)
+
+        D, N = backbone.width, math.prod(backbone.grid)
+        G = self.prototypes[-1] - 1
+        self.concepts = nn.ModuleList(
+            ConceptLayer(K, D, N, bias_after_softmax, no_bias, no_regions)
+            for K in self.prototypes)
+        self.fusions = nn.ModuleList(
+            Fusion(D, K - 1 if no_fusion else G, fusion_mlp, no_fusion)
+            for K in self.prototypes[:-1])
+        self.num_unprompted = depth - len(self.fusions)  # blocks before the first concept layer
+        self.norm = nn.LayerNorm((G + 1, D))
+        self.classifier = nn.Linear(D, num_classes, bias=False)  # shared by the concepts
+        for module in self.fusions.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.classifier.weight, std=0.02)
+
+    def unprompted(self, images):
+        """images -> tokens (B, T, D) before the first concept layer."""
+        tokens = self.backbone.embed(images)
+        for block in self.backbone.blocks[:self.num_unprompted]:
+            tokens = block(tokens)
+        return tokens
+
+    def forward(self, images, labels=None, maps_only=False):
+        """images (B, 3, S, S) of the backbone's image_size -> Output.
+
+        maps_only: of the output the maps alone will be used, so no graph of the blocks is kept.
+        """
+        tokens = self.unprompted(images)
+        attention, groups, fused = [], [], []
+        prompted_blocks = self.backbone.blocks[self.num_unprompted:]
+        for concept, fusion, block in zip(self.concepts, self.fusions, prompted_blocks):
+            e = self.backbone.normed_patches(tokens).detach()  # sg: maps move no earlier prompt
+            a, pooled, mass = concept(e)  # (B, K, N), (B, K, D), (B, K)
+            pooled, mass = pooled.detach(), mass.detach()  # sg: a prompt does not move its regions
+            prompts, S = fusion(pooled[:, :-1], mass[:, :-1])  # (B, G, D), (B, K-1, G)
+            tokens = block(tokens, prompts)
+            attention.append(smooth(a).unflatten(2, self.grid))  # raw a is pooled and fused
+            if S is not None:  # None under no_fusion
+                groups.append(S)
+                fused.append(fuse_maps(a, S).unflatten(2, self.grid))
+
+        x = self.backbone.normed_patches(tokens)  # with gradient: the classes are read from it
+        if maps_only:
+            x = x.detach()
+        a, pooled, _ = self.concepts[-1](x, SMOOTHING)  # this layer alone pools smoothed shares
+        attention.append(a.unflatten(2, self.grid))
+        features = self.norm(pooled)  # (B, G + 1, D), jointly over concepts and width
+        concept_logits = to_float32(self.classifier(features[:, :-1]))  # (B, G, C)
+        return Output(concept_logits.mean(1), concept_logits, attention, groups, fused, features)
+
+    def parameter_groups(self, args):
+        fusions = [*self.fusions.named_parameters()]
+        prompt_heads = [p for name, p in fusions if ".head." in name]
+        groupings = [p for name, p in fusions if ".head." not in name]  # and the norms beside them
+        tuned = [p for p in self.backbone.parameters() if p.requires_grad]
+        tuned_rate = args.lr_backbone if self.tune == "all" else args.lr_prototypes
+        return [
+            dict(params=[*self.norm.parameters(), *groupings], lr=args.lr),
+            dict(params=prompt_heads, lr=args.lr_fusion),
+            dict(params=[*self.classifier.parameters()], lr=args.lr),
+            dict(params=[concept.prototypes for concept in self.concepts], lr=args.lr_prototypes),
+            dict(params=[concept.bias for concept in self.concepts], lr=args.lr_bias),
+            dict(params=tuned, lr=tuned_rate)]
+
+    @torch.no_grad()
+    def start(self, dataset, args):
+        """--start clusters. The paper leaves open where prototypes start; the released program
+        draws noise, as __init__ does."""
+        if args.start == "noise":
+            return
+        for concept, regions in zip(self.concepts, self.sample_regions(dataset, args.seed)):
+            K = len(concept.prototypes)
+            concept.prototypes.copy_(cluster_prototypes(*regions, K, args.seed))
+
+    def sample_regions(self, dataset, seed):
+        layers, radius2 = sample_patches(self.backbone, len(self.concepts), dataset, seed)
+        return [(e, *find_foreground(e, radius2, seed)) for e in layers]
+
+
+# ---------------------------------------------------------------- where the prototypes start
+# Objects are found in the patches of the unprompted ViT; no label, box or key point is read.
+MAX_IMAGES, MAX_PATCHES = 1000, 200_000  # all patches of 1,000 images of 196
+
+
+@torch.no_grad()
+def sample_patches(backbone, num_layers, dataset, seed, transform=None):
+    """Patches of up to 1,000 images -> (n, D) for each concept layer, and their radius2 (n).
+
+    transform(l, patches (B, N, D)): what the prototypes of layer l meet instead of the patches.
+    radius2 is a patch's squared distance from the middle of its image: 1 at an edge, 2 in a corner.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(dataset), generator=generator)[:MAX_IMAGES].tolist()
+    per_image = max(1, MAX_PATCHES // len(chosen))
+    y, x = (torch.linspace(-1, 1, side) for side in backbone.grid)
+    grid_radius2 = (y[:, None] ** 2 + x ** 2).flatten()  # (N)
+    device = backbone.cls_token.device
+    samples, radius2 = [[] for _ in range(num_layers)], []
+    for images, *_ in DataLoader(dataset, 16, sampler=chosen):
+        kept = torch.randperm(len(grid_radius2), generator=generator)[:per_image]
+        radius2.append(grid_radius2[kept].repeat(len(images)))
+        for l, e in enumerate(backbone.last_patches(images.to(device), num_layers)):
+            if transform is not None:
+                e = transform(l, e)
+            samples[l].append(e[:, kept].float().flatten(0, 1))
+    return [torch.cat(sample) for sample in samples], torch.cat(radius2).to(device)
+
+
+def find_foreground(e, radius2, seed):
+    """Patches e (n, D), their radius2 (n) -> bool (n) twice: which are foreground, and background.
+
+    A principal component tells object from background: of the first three, the one that follows
+    radius2 most, since objects keep to the middle. It is cut into three clusters: the inner one is
+    foreground, the outer one background, and what lies between is neither. Patches outside the
+    circle within the image count as background: some ViTs treat corners specially.
+    """
+    centred = e - e.mean(0)
+    eigenvectors = torch.linalg.eigh(centred.T @ centred).eigenvectors  # eigenvalues ascend
+    components = centred @ eigenvectors[:, -3:]  # (n, 3), of arbitrary sign
+    outwards = (radius2 - radius2.mean()) @ F.normalize(components, dim=0)  # (3,), as correlations
+    best = outwards.abs().argmax()
+    component = components[:, best:best + 1] * -torch.sign(outwards[best])  # the middle is high
+    low, middle, high = kmeans(component, 3, seed, starts=5).flatten().sort().values
+    corner = radius2 > 1
+    foreground = (component[:, 0] > (middle + high) / 2) & ~corner
+    background = (component[:, 0] < (low + middle) / 2) | corner
+    if foreground.sum() < 2:
+        raise ValueError("no foreground found in the training images, so prototypes cannot start "
+                         "in its clusters; give more images, or take --method ivpt --start noise")
+    return foreground, background
+
+
+def cluster_prototypes(e, foreground, background, K, seed):
+    """A layer's entry of sample_regions -> K - 1 centres of the foreground and the background's
+    mean, (K, D)."""
+    centres = kmeans(e[foreground], K - 1, seed)
+    return torch.cat([centres, e[background].mean(0, keepdim=True)])
+
+
+def kmeans(e, K, seed, starts=20):
+    """Patches e (n, D) -> centres (K, D): the best of several starts on 10,000 of the patches,
+    refined on all of them."""
+    generator = torch.Generator().manual_seed(seed)
+    some = e[torch.randperm(len(e), generator=generator)[:10_000].to(e.device)]
+    best, least_spread = None, math.inf
+    for _ in range(starts):
+        centres = move_to_means(some, distant_patches(some, K, generator))
+        spread = squared_distances(some, centres).amin(1).sum().item()
+        if spread < least_spread:
+            best, least_spread = centres, spread
+    return move_to_means(e, best)
+
+
+def distant_patches(e, K, generator):
+    """k-means++ (Arthur, Vassilvitskii 2007): a patch becomes a centre with a probability that
+    grows with its squared distance from the nearest centre before it."""
+    centres = e[:0]
+    nearest = e.new_ones(len(e))
+    for _ in range(K):
+        if nearest.sum() == 0:  # fewer different patches than centres
+            nearest = torch.ones_like(nearest)
+        pick = torch.multinomial(nearest.cpu(), 1, generator=generator).to(e.device)
+        centres = torch.cat([centres, e[pick]])
+        nearest = squared_distances(e, centres).amin(1)
+    return centres
+
+
+def move_to_means(e, centres):
+    """Thirty times: a patch belongs to the nearest centre, a centre moves to its patches' mean."""
+    for _ in range(30):
+        logits = e @ (2 * centres.T) - centres.square().sum(1)  # as in kernels.py
+        members = F.one_hot(logits.argmax(1), len(centres)).to(e)  # (n, K)
+        sizes = members.sum(0)[:, None]
+        means = members.T @ e / sizes.clamp(min=1)
+        centres = torch.where(sizes > 0, means, centres)
+    return centres
+
+
+def squared_distances(e, centres):
+    """e (n, D), centres (K, D) -> (n, K). Less exact than torch.cdist, and several times faster."""
+    products = e @ (2 * centres.T)
+    squares = e.square().sum(1, keepdim=True) + centres.square().sum(1)
+    return (squares - products).clamp_min(0)
+
+
 # ---------------------------------------------------------------- weights
 URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{folder}/dinov2_{name}_pretrain.pth"
 METAS_PARTS = {"cls_token", "pos_embed", "mask_token", "register_tokens", "patch_embed", "blocks",
@@ -334,379 +722,6 @@ def load_state(module, state, source):
     except RuntimeError as error:
         line = " ".join(str(error).split())
         raise ValueError(f"{source}: {line[:300]}; take the file that fits") from None
-
-
-# ---------------------------------------------------------------- the concept layer and the fusion
-
-class ConceptLayer(nn.Module):
-    """K class-agnostic prototypes q_k claim N patches e. The maths and its gradients: kernels.py.
-
-    Concept region discovery: a_k = softmax over k of -|e - q_k|^2, with a bias b_k for each patch.
-    Intra-region aggregation: p_k = sum(a_k e) / sum(a_k) over the patches where a_k is largest.
-    The arguments are explained at IVPT.
-    """
-
-    def __init__(self, K, width, num_patches, bias_after_softmax=True, no_bias=False,
-                 no_regions=False):
-        super().__init__()
-        self.bias_after_softmax, self.no_regions = bias_after_softmax, no_regions
-        self.prototypes = nn.Parameter(0.05 * torch.randn(K, width))
-        self.bias = nn.Parameter(torch.zeros(K, num_patches), requires_grad=not no_bias)
-
-    def forward(self, patches, smoothing=0.0):
-        """patches (B, N, D) -> attention a (B, K, N), pooled p (B, K, D), mass (B, K), p's divisor.
-
-        smoothing: what is added to every share before pooling. The maps see sg(patches), so only
-        pooled moves the patches.
-        """
-        attention, pooled, mass = prototype_attention(
-            patches, self.prototypes, self.bias, self.bias_after_softmax,
-            smoothing=smoothing, detach_maps=True)
-        if self.no_regions:  # every patch counts by its share of the concept
-            mass = attention.sum(2)
-            weights = attention / mass[..., None].clamp_min(1e-30)
-            pooled = weights.to(patches.dtype) @ patches
-        return attention, pooled, mass
-
-
-def smooth(a):
-    """Shares a (B, K, N), made positive: they sum to 1 over K again."""
-    return (a + SMOOTHING) / (a + SMOOTHING).sum(1, keepdim=True)
-
-
-class Fusion(nn.Module):
-    """Fine-to-coarse fusion: K - 1 region features, grouped into G concepts, become G prompts.
-
-    no_fusion, for the ablation: every fine concept prompts by itself, so G is K - 1.
-    """
-
-    def __init__(self, width, G, fusion_mlp=True, no_fusion=False):
-        super().__init__()
-        self.grouping = None if no_fusion else nn.Linear(width, G)
-        self.norm = nn.LayerNorm((G, width))
-        self.head = nn.Linear(width, width)  # one Linear as released; the text has an MLP
-        if fusion_mlp:
-            self.head = nn.Sequential(self.head, nn.GELU(), nn.Linear(width, width))
-
-    def forward(self, pooled, mass):
-        """pooled (B, K-1, D), mass (B, K-1) -> prompts (B, G, D), S (B, K-1, G), rows of sum 1."""
-        if self.grouping is None:
-            return self.head(self.norm(pooled)), None
-        logits = to_float32(self.grouping(pooled))
-        if self.training:
-            S = F.gumbel_softmax(logits, tau=1.0)
-        else:  # the released program samples here, too; we keep evaluation deterministic
-            S = logits.softmax(-1)
-        empty = mass[..., None] == 0  # such a region belongs to all groups alike
-        S = torch.where(empty, 1 / S.shape[2], S)
-        weights = S.detach().transpose(1, 2)  # sg: grouping learns from the fused maps alone
-        with torch.autocast(pooled.device.type, enabled=False):
-            sums = weights @ to_float32(pooled)  # (B, G, D)
-            coarse = sums / weights.sum(-1, keepdim=True).clamp_min(1e-30)  # 0 / 0 would be nan
-        return self.head(self.norm(coarse)), S
-
-
-def fuse_maps(a, S):
-    """Raw shares a (B, K, N), grouping S (B, K-1, G) -> fused map (B, G+1, N) of sum 1.
-
-    Like the authors' program, we fuse before we smooth. The background stays as it is.
-    """
-    with torch.autocast(a.device.type, enabled=False):  # shares must not be rounded to bf16
-        concepts = S.transpose(1, 2) @ a[:, :-1]
-        fused = torch.cat([concepts, a[:, -1:]], dim=1)
-        return fused / fused.sum(1, keepdim=True).clamp_min(1e-30)  # the bias may leave no share
-
-
-# ---------------------------------------------------------------- what every method is
-
-class Output(NamedTuple):  # as IVPT fills it; the docstrings in methods/ say what differs
-    logits: torch.Tensor          # (B, C), the mean of the concepts' class scores
-    concept_logits: torch.Tensor  # (B, G, C), class scores of every concept that votes
-    attention: list               # per concept layer (B, K_l, h, w), smoothed, sums to 1 over K_l
-    groups: list                  # per prompted layer (B, K_l - 1, G)
-    fused: list                   # per prompted layer (B, G + 1, h, w), background last
-    features: torch.Tensor        # (B, G + 1, D), normalised region features of the last layer
-
-
-class Method(nn.Module):
-    """What train.py, evaluate.py and explore/ ask of a method. IVPT is one; methods/ has others.
-
-    A method sets prototypes: for each map that it shows, the number of channels, background last.
-    """
-
-    rates = {}              # options with another default than train.py's
-    accepts = ()            # which of IVPT's options it takes; typing another one is an error
-    class_specific = False  # every class has prototypes of its own
-    has_stages = False      # they depend on --epochs, so --resume must not change it
-
-    def __init__(self, backbone):
-        super().__init__()
-        self.backbone = backbone.requires_grad_(False)  # used, not copied
-        self.grid = backbone.grid  # (h, w)
-
-    def forward(self, images, labels=None):
-        """images (B, 3, S, S) -> Output.
-
-        labels (B): the classes whose prototypes to show, where each class has its own; None: those
-        of the predicted classes.
-        """
-        raise NotImplementedError
-
-    def losses(self, images, labels, theta):
-        """One training step: a dict of scalars with "loss", their sum; and logits (B, C).
-
-        theta (2, 3): an affine map, for losses that compare two views. See train.ivpt_losses.
-        """
-        raise NotImplementedError
-
-    def parameter_groups(self, args):
-        """Adam's groups: what is trained, at which rate. args: train.Options; batches of 16."""
-        raise NotImplementedError
-
-    def start(self, dataset, args):
-        """Called once before the first step. dataset: the training images in the test view."""
-
-    def before_epoch(self, epoch, epochs):
-        """Called before each of the epochs, numbered from 0."""
-
-    def after_epoch(self, epoch, epochs, dataset):
-        """Called after each of them. dataset: as in start."""
-
-    def sample_regions(self, dataset, seed):
-        """Where prototypes are clusters: for every layer patches e (n, D) of the dataset's images
-        as the prototypes meet them, and bool (n) twice: in the foreground, in the background."""
-        raise ValueError(f"{type(self).__name__}: its prototypes are not clusters of patches")
-
-
-def tune_backbone(backbone, tune):
-    """What of a frozen backbone is trained: "none" (paper), its "tokens" (released) or "all"."""
-    tokens = ("cls_token", "register_tokens", "pos_embed")
-    for name, parameter in backbone.named_parameters():
-        parameter.requires_grad = tune == "all" or (tune == "tokens" and name in tokens)
-    backbone.mask_token.requires_grad = False
-
-
-# ---------------------------------------------------------------- IVPT
-
-class IVPT(Method):
-    """Interpretable visual prompt tuning of a VisionTransformer.
-
-    prototypes: how many each concept layer has, the background counted. The last layer reads the
-        output. Each of the others prompts one block: these are the backbone's last blocks.
-    bias_after_softmax: a = max(softmax + bias, 0) as in the text; False: softmax(logit + bias).
-    fusion_mlp: fusion head with an MLP (paper) or one Linear (released).
-    tune: see tune_backbone.
-    no_bias, no_regions, no_cross_layer, no_fusion: take an idea away, for the paper's ablation.
-        With no_cross_layer the last concept layer stands alone and nothing is prompted.
-    Raises ValueError where prototypes and backbone do not fit.
-
-    Who learns from what; every stop-gradient in forward is meant:
-        prototypes, biases of prompted layers   the six losses on maps; what they pool is sg
-        grouping                                region consistency alone, through the fused maps
-        fusion norm and head                    classification and orthogonality, through prompts
-        prototypes, bias of the last layer      all but region consistency, whose target they are
-    """
-
-    arguments = ("prototypes", "bias_after_softmax", "fusion_mlp", "tune",
-                 "no_bias", "no_regions", "no_cross_layer", "no_fusion")
-    accepts = (*arguments, "recipe", "start", "lr_fusion", "lr_bias", "lr_backbone")
-
-    def __init__(self, backbone, num_classes, prototypes=PROTOTYPES, bias_after_softmax=True,
-                 fusion_mlp=True, tune="none", no_bias=False, no_regions=False,
-                 no_cross_layer=False, no_fusion=False):
-        super().__init__(backbone)
-        depth = len(backbone.blocks)
-        if not 1 <= len(prototypes) <= depth + 1 or min(prototypes) < 2:
-            raise ValueError(f"prototypes {prototypes}: expected 1 to {depth + 1} numbers, "
-                             "each at least 2 (one concept and the background)")
-        if min(backbone.grid) < 3:
-            raise ValueError(f"image size {backbone.image_size}: {backbone.grid} patches, "
-                             "expected at least 3 a side")
-        if no_cross_layer:
-            prototypes = prototypes[-1:]
-        self.prototypes = tuple(prototypes)  # how many; they themselves are in concepts
-        self.tune = tune
-        tune_backbone(backbone, tune)
-
-        D, N = backbone.width, math.prod(backbone.grid)
-        G = self.prototypes[-1] - 1
-        self.concepts = nn.ModuleList(
-            ConceptLayer(K, D, N, bias_after_softmax, no_bias, no_regions)
-            for K in self.prototypes)
-        self.fusions = nn.ModuleList(
-            Fusion(D, K - 1 if no_fusion else G, fusion_mlp, no_fusion)
-            for K in self.prototypes[:-1])
-        self.num_unprompted = depth - len(self.fusions)  # blocks before the first concept layer
-        self.norm = nn.LayerNorm((G + 1, D))
-        self.classifier = nn.Linear(D, num_classes, bias=False)  # shared by the concepts
-        for module in self.fusions.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.classifier.weight, std=0.02)
-
-    def unprompted(self, images):
-        """images -> tokens (B, T, D) before the first concept layer."""
-        tokens = self.backbone.embed(images)
-        for block in self.backbone.blocks[:self.num_unprompted]:
-            tokens = block(tokens)
-        return tokens
-
-    def forward(self, images, labels=None):
-        """images (B, 3, S, S) of the backbone's image_size -> Output."""
-        tokens = self.unprompted(images)
-        attention, groups, fused = [], [], []
-        prompted_blocks = self.backbone.blocks[self.num_unprompted:]
-        for concept, fusion, block in zip(self.concepts, self.fusions, prompted_blocks):
-            e = self.backbone.normed_patches(tokens).detach()  # sg: maps do not move the backbone
-            a, pooled, mass = concept(e)  # (B, K, N), (B, K, D), (B, K)
-            pooled, mass = pooled.detach(), mass.detach()  # sg: a prompt does not move its regions
-            prompts, S = fusion(pooled[:, :-1], mass[:, :-1])  # (B, G, D), (B, K-1, G)
-            tokens = block(tokens, prompts)
-            attention.append(smooth(a).unflatten(2, self.grid))  # after pooling and fusing
-            if S is not None:  # None under no_fusion
-                groups.append(S)
-                fused.append(fuse_maps(a, S).unflatten(2, self.grid))
-
-        x = self.backbone.normed_patches(tokens)  # with gradient: the classes are read from it
-        a, pooled, _ = self.concepts[-1](x, SMOOTHING)  # this layer alone pools smoothed shares
-        attention.append(a.unflatten(2, self.grid))
-        features = self.norm(pooled)  # (B, G + 1, D), jointly over concepts and width
-        concept_logits = to_float32(self.classifier(features[:, :-1]))  # (B, G, C)
-        return Output(concept_logits.mean(1), concept_logits, attention, groups, fused, features)
-
-    def parameter_groups(self, args):
-        fusions = [*self.fusions.named_parameters()]
-        prompt_heads = [p for name, p in fusions if ".head." in name]
-        groupings = [p for name, p in fusions if ".head." not in name]  # and the norms beside them
-        tuned = [p for p in self.backbone.parameters() if p.requires_grad]
-        tuned_rate = args.lr_backbone if self.tune == "all" else args.lr_prototypes
-        return [
-            dict(params=[*self.norm.parameters(), *groupings], lr=args.lr),
-            dict(params=prompt_heads, lr=args.lr_fusion),
-            dict(params=[*self.classifier.parameters()], lr=args.lr),
-            dict(params=[concept.prototypes for concept in self.concepts], lr=args.lr_prototypes),
-            dict(params=[concept.bias for concept in self.concepts], lr=args.lr_bias),
-            dict(params=tuned, lr=tuned_rate)]
-
-    @torch.no_grad()
-    def start(self, dataset, args):
-        """--start clusters. The paper leaves open where prototypes start; the released program
-        draws noise, as __init__ does."""
-        if args.start == "noise":
-            return
-        for concept, regions in zip(self.concepts, self.sample_regions(dataset, args.seed)):
-            K = len(concept.prototypes)
-            concept.prototypes.copy_(cluster_prototypes(*regions, K, args.seed))
-
-    def sample_regions(self, dataset, seed):
-        layers, radius2 = sample_patches(self.backbone, len(self.concepts), dataset, seed)
-        return [(e, *find_foreground(e, radius2, seed)) for e in layers]
-
-
-# ---------------------------------------------------------------- where the prototypes start
-# Objects are found in the patches of the unprompted ViT; no label, box or key point is read.
-MAX_IMAGES, MAX_PATCHES = 1000, 200_000  # all patches of 1,000 images of 196
-
-
-@torch.no_grad()
-def sample_patches(backbone, num_layers, dataset, seed, transform=None):
-    """Patches of up to 1,000 images -> (n, D) for each concept layer, and their radius2 (n).
-
-    transform(l, patches (B, N, D)): what the prototypes of layer l meet instead of the patches.
-    radius2 is a patch's squared distance from the middle of its image: 1 at an edge, 2 in a corner.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(dataset), generator=generator)[:MAX_IMAGES].tolist()
-    per_image = max(1, MAX_PATCHES // len(chosen))
-    y, x = (torch.linspace(-1, 1, side) for side in backbone.grid)
-    grid_radius2 = (y[:, None] ** 2 + x ** 2).flatten()  # (N)
-    device = backbone.cls_token.device
-    samples, radius2 = [[] for _ in range(num_layers)], []
-    for images, *_ in DataLoader(dataset, 16, sampler=chosen):
-        kept = torch.randperm(len(grid_radius2), generator=generator)[:per_image]
-        radius2.append(grid_radius2[kept].repeat(len(images)))
-        for l, e in enumerate(backbone.last_patches(images.to(device), num_layers)):
-            if transform is not None:
-                e = transform(l, e)
-            samples[l].append(e[:, kept].float().flatten(0, 1))
-    return [torch.cat(sample) for sample in samples], torch.cat(radius2).to(device)
-
-
-def find_foreground(e, radius2, seed):
-    """Patches e (n, D), their radius2 (n) -> bool (n) twice: which are foreground, and background.
-
-    A principal component tells object from background: of the first three, the one that follows
-    radius2 most, since objects keep to the middle. We cut it into three clusters: the first is
-    foreground, the last background, and what lies between is neither. Corners are never
-    foreground: some ViTs treat them specially.
-    """
-    centred = e - e.mean(0)
-    eigenvectors = torch.linalg.eigh(centred.T @ centred).eigenvectors  # eigenvalues ascend
-    components = centred @ eigenvectors[:, -3:]  # (n, 3), of arbitrary sign
-    outwards = (radius2 - radius2.mean()) @ F.normalize(components, dim=0)  # (3,), correlations
-    best = outwards.abs().argmax()
-    component = components[:, best:best + 1] * -torch.sign(outwards[best])  # the middle is high
-    low, middle, high = kmeans(component, 3, seed, starts=5).flatten().sort().values
-    corner = radius2 > 1
-    foreground = (component[:, 0] > (middle + high) / 2) & ~corner
-    background = (component[:, 0] < (low + middle) / 2) | corner
-    if foreground.sum() < 2:
-        raise ValueError("no foreground found in the training images, so prototypes cannot start "
-                         "in its clusters; give more images, or take --method ivpt --start noise")
-    return foreground, background
-
-
-def cluster_prototypes(e, foreground, background, K, seed):
-    """A layer's entry of sample_regions -> K - 1 centres of the foreground and the background's
-    mean, (K, D)."""
-    centres = kmeans(e[foreground], K - 1, seed)
-    return torch.cat([centres, e[background].mean(0, keepdim=True)])
-
-
-def kmeans(e, K, seed, starts=20):
-    """Patches e (n, D) -> centres (K, D): of 20 starts with 10,000 patches the best, then all."""
-    generator = torch.Generator().manual_seed(seed)
-    some = e[torch.randperm(len(e), generator=generator)[:10_000].to(e.device)]
-    best, least_spread = None, math.inf
-    for _ in range(starts):
-        centres = move_to_means(some, distant_patches(some, K, generator))
-        spread = squared_distances(some, centres).amin(1).sum().item()
-        if spread < least_spread:
-            best, least_spread = centres, spread
-    return move_to_means(e, best)
-
-
-def distant_patches(e, K, generator):
-    """k-means++ (Arthur, Vassilvitskii 2007): a patch becomes a centre with a probability that
-    grows with its squared distance from the nearest centre before it."""
-    centres = e[:0]
-    nearest = e.new_ones(len(e))
-    for _ in range(K):
-        if nearest.sum() == 0:  # fewer different patches than centres
-            nearest = torch.ones_like(nearest)
-        pick = torch.multinomial(nearest.cpu(), 1, generator=generator).to(e.device)
-        centres = torch.cat([centres, e[pick]])
-        nearest = squared_distances(e, centres).amin(1)
-    return centres
-
-
-def move_to_means(e, centres):
-    """Thirty times: a patch belongs to the nearest centre, a centre moves to its patches' mean."""
-    for _ in range(30):
-        logits = e @ (2 * centres.T) - centres.square().sum(1)  # as in kernels.py
-        members = F.one_hot(logits.argmax(1), len(centres)).to(e)  # (n, K)
-        sizes = members.sum(0)[:, None]
-        means = members.T @ e / sizes.clamp(min=1)
-        centres = torch.where(sizes > 0, means, centres)
-    return centres
-
-
-def squared_distances(e, centres):
-    """e (n, D), centres (K, D) -> (n, K). Less exact than torch.cdist, and several times faster."""
-    products = e @ (2 * centres.T)
-    squares = e.square().sum(1, keepdim=True) + centres.square().sum(1)
-    return (squares - products).clamp_min(0)
 
 
 # ---------------------------------------------------------------- from options, from a checkpoint

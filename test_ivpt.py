@@ -439,6 +439,12 @@ def test_kmeans_finds_planted_clusters_and_serves_fewer_patches_than_centres():
     for patches, K in ((e, 5), (planted, 16)):
         centres = ivpt.kmeans(patches, K, seed=0)
         assert len(centres) == K and torch.cdist(planted, centres).amin(1).max() < 0.1
+    planted12 = 10 * torch.eye(12)  # one start alone misses some of so many
+    e = planted12.repeat(40, 1) + torch.randn(480, 12, generator=generator)
+    for starts, finds_all in ((1, False), (20, True)):
+        found = [torch.cdist(planted12, ivpt.kmeans(e, 12, seed, starts)).amin(1).max() < 2
+                 for seed in range(4)]
+        assert all(found) == finds_all
     many = planted.repeat(5000, 1) + torch.randn(25000, 6, generator=generator)
     means = many.view(5000, 5, 6).mean(0)  # of all patches, not of the 10,000 that starts see
     assert torch.cdist(means, ivpt.kmeans(many, 5, seed=0)).amin(1).max() < 1e-3
@@ -481,7 +487,8 @@ def test_prototypes_start_as_centres_of_foreground_patches_and_the_mean_of_the_b
     inner = e[owner.flatten(1) != 6]
     nearest = owner.flatten(1)[owner.flatten(1) != 6]
     for k in range(6):  # a centre is the mean of its patches, but for those of mixed regions
-        assert (inner[nearest == k].mean(0) - concept.prototypes[k]).norm() < 0.3 * inner.std(0).norm()
+        difference = inner[nearest == k].mean(0) - concept.prototypes[k]
+        assert difference.norm() < 0.3 * inner.std(0).norm()
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -732,7 +739,8 @@ def compile_for(target):
             (kernels._backward_kernel, kernels.BACKWARD, ("dP_ptr", "dx_ptr"))):
         constants = kernels._prepare(x, q, bias, sizes)[2]
         warps = constants.pop("num_warps")
-        constants |= dict(BIAS_AFTER_SOFTMAX=True, SMOOTHING=0.0, DETACH=False, **dict.fromkeys(left_out))
+        constants |= dict(BIAS_AFTER_SOFTMAX=True, SMOOTHING=0.0, DETACH=False)
+        constants |= dict.fromkeys(left_out)
         constants |= dict(ROWS=16, COLUMNS=256)
         constants = {n: constants[n] for n in kernel.arg_names if n in constants}
         signature, aligned = {}, {}
@@ -1294,6 +1302,33 @@ def test_gradient_stops():
     assert not tokens & reached(released, losses["entropy"])
 
 
+def test_a_view_of_which_the_maps_alone_are_used_keeps_no_graph_of_the_blocks(monkeypatch):
+    """As on a GPU, where maps and pooled features are outputs of one op."""
+    def op(x, q, b, bias_after_softmax, smoothing=0.0, detach_maps=False):
+        return kernels._op(x, q, b, bias_after_softmax, smoothing, detach_maps)
+
+    monkeypatch.setattr(ivpt, "prototype_attention", op)
+    model, images = tiny_ivpt("released"), torch.randn(2, 3, 70, 70)
+    gradients = []
+    for maps_only in (False, True):
+        model.zero_grad()
+        maps = model(images, maps_only=maps_only).attention
+        sum(A.square().sum() for A in maps).backward()
+        gradients.append([p.grad.clone() for p in model.concepts.parameters()])
+        assert (model.backbone.cls_token.grad is None) == maps_only  # else zeros, at a price
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    seen, warp, forward = [], data.warp, ivpt.IVPT.forward
+    monkeypatch.setattr(data, "warp", lambda images, theta: warp(images, theta) + 100)
+
+    def watched(self, images, **options):
+        seen.append((images.mean().item() > 50, options))
+        return forward(self, images, **options)
+
+    monkeypatch.setattr(ivpt.IVPT, "forward", watched)
+    train.ivpt_losses(model, images, torch.tensor([0, 1]), torch.eye(2, 3))
+    assert seen == [(True, dict(maps_only=True)), (False, {})]
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_training_with_the_op_is_training_with_the_formula(recipe, monkeypatch):
     """Ten steps in fp64, with the op and with the equations as one would write them down."""
@@ -1587,7 +1622,7 @@ def test_the_paper_is_the_default_of_all_data_and_the_toy_has_a_preset():
 
 def test_an_option_is_typed_or_from_recipe_method_preset_or_default_and_says_so(monkeypatch):
     class Other(ivpt.Method):
-        rates, accepts = dict(lr=3e-3, epochs=7), ("prototypes", "lr_bias")
+        rates, accepts = dict(lr=3e-3, epochs=7, lr_bias=1.0), ("prototypes", "lr_bias")
 
     find = ivpt.find_method
     monkeypatch.setattr(ivpt, "find_method", lambda name: Other if name == "x" else find(name))
@@ -1603,10 +1638,10 @@ def test_an_option_is_typed_or_from_recipe_method_preset_or_default_and_says_so(
     table = [line.split() for line in train.table_of(args).splitlines()]
     assert ["lr", "0.003", "method", "x"] in table and ["seed", "42", "default"] in table
     assert not [line for line in table if line[0] in ("tune", "sources")]
-    for word in ({*ivpt.IVPT.accepts} - {*Other.accepts}):
-        value = {"recipe": "paper", "start": "noise", "tune": "none"}.get(word, "1")
-        typed = ["--" + word.replace("_", "-")]
-        typed += [] if word.startswith("no_") or word in ("bias_after_softmax", "fusion_mlp") else [value]
+    values = dict(recipe=["paper"], start=["noise"], tune=["none"], lr_fusion=["1"],
+                  lr_backbone=["1"])
+    for word in {*ivpt.IVPT.accepts} - {*Other.accepts}:
+        typed = ["--" + word.replace("_", "-"), *values.get(word, [])]
         with one_line(ValueError, typed[0], "--method x does not take it"):
             train.parse(["--method", "x", *typed])
     with one_line(ValueError, "--pretrain", "vits14 is pretrained"):
@@ -1674,7 +1709,8 @@ def test_every_image_has_its_turn_however_many_processes_share_a_batch(birds, tm
 @pytest.mark.parametrize("arguments, says", [
     (["--image-size", "100"], "divisible by the patch"), (["--image-size", "16"], "3 a side"),
     (["--prototypes", "4", "1"], "prototypes"), (["--batch-size", "100"], "training images"),
-    (["--data", "birds"], "birds: no such folder"), (["--weights", "nowhere.pth"], "nowhere.pth: .*vitb14_reg4"),
+    (["--data", "birds"], "birds: no such folder"),
+    (["--weights", "nowhere.pth"], "nowhere.pth: .*vitb14_reg4"),
     (["--resume"], "last.pt is not there"), (["--lr", "nan"], "--lr nan: expected"),
     (["--device", "gpu"], "invalid choice"), (["--method", "vpt"], "expected ivpt, .*vpt-deep"),
     (["--prototype", "3"], "--help")])
@@ -1716,7 +1752,13 @@ def test_a_run_leaves_its_files_and_resumes_bit_for_bit(birds, uncut, tmp_path, 
         train.train(tiny_run(birds, run))
     with one_line(ValueError, "seed 42, now 7"):
         train.parse(["--resume", "--out", str(run), "--seed", "7"])
-    metrics = train.train(train.parse(["--resume", "--out", str(run), "--epochs", "2"]))
+    fewer = shutil.copytree(birds, tmp_path / "birds")
+    split = fewer / "CUB_200_2011" / "train_test_split.txt"
+    split.write_text(split.read_text().replace(" 1\n", " 0\n", 1))
+    resume = ["--resume", "--out", str(run), "--epochs", "2"]
+    with one_line(ValueError, "images 48, now 47"):
+        train.train(train.parse([*resume, "--data-root", str(fewer)]))
+    metrics = train.train(train.parse([*resume, "--data-root", str(birds)]))
     assert_same_run(uncut, run)
     next_command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert evaluate.parse(next_command[2:]).ckpt == str(run / "last.pt")  # quoted

@@ -37,9 +37,9 @@ import model as ivpt
 # ----------------------------------------------------------------------------- recipes and options
 # The paper's text and the authors' program differ in the bias, the fusion head, what is trained in
 # the backbone and, as the text says nothing of it, where prototypes start.
-# The text's rate of the bias is 2e-4. Adam moves a bias by at most about its rate a step: at 2e-4
-# by 0.6 in 25 epochs of CUB. It would outgrow the shares to which it is added, since these sum to
-# 1. So PAPER has a tenth of it.
+# The text's rate of the bias is 2e-4. Adam moves a bias by at most about its rate a step: at 2e-4,
+# halved every four epochs, by 0.6 in 25 epochs of CUB. It would outgrow the shares to which it is
+# added, since these sum to 1. So PAPER has a tenth of it.
 PAPER = dict(bias_after_softmax=True, fusion_mlp=True, tune="none", start="clusters", lr_bias=2e-5)
 RELEASED = dict(bias_after_softmax=False, fusion_mlp=False, tune="tokens", start="noise",
                 lr_bias=2e-4)
@@ -70,7 +70,8 @@ class Options:
     validate: bool = option(False, "train on three of four training images, evaluate on the fourth")
     # model
     method: str = option("ivpt", "ivpt, or another method's name: see methods/")
-    recipe: str = option("paper", "the paper's text, or its program", choices=list(RECIPES))
+    recipe: str = option("paper", "the paper's text, but for lr_bias, or its program",
+                         choices=list(RECIPES))
     weights: str = option(None, "toy, vits14, vitb14, vitl14, vitg14, each but toy also with "
                           "_reg4, or a file (toy for the toy, else vitb14_reg4)")
     image_size: int = option(518, "side of the input in pixels, a multiple of the patch")
@@ -106,128 +107,9 @@ class Options:
     sources: dict = None
 
 
-def parse(words=None):
-    """Command line -> Options. An option is as typed, else as the recipe has it, else the method,
-    else the preset of its weights, else as in Options. Raises ValueError or OSError, one line."""
-    parser = data.one_line_parser(
-        description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
-    for f in fields(Options):
-        if not f.metadata:
-            continue
-        settings = dict(f.metadata)
-        if f.type is bool:
-            settings.setdefault("action", "store_true")
-        elif f.type is not str:  # str keeps the parser's own type, which expands ~
-            settings.setdefault("type", f.type)
-        parser.add_argument("--" + f.name.replace("_", "-"), **settings)
-    typed = vars(parser.parse_args(words))  # without defaults
-    if "prototypes" in typed:
-        typed["prototypes"] = tuple(typed["prototypes"])
-    check_numbers(typed)
-    if "resume" in typed:
-        return options_of_run(typed)
-
-    default = {f.name: f.default for f in fields(Options)}
-    name = typed.get("method", default["method"])
-    method = ivpt.find_method(name)
-    unused = set(ivpt.IVPT.accepts) - set(method.accepts)
-    for option_name in sorted(unused & typed.keys()):
-        raise ValueError(f"--{option_name.replace('_', '-')}: --method {name} does not take it")
-    recipe = typed.get("recipe", default["recipe"])
-    defaults = {
-        "typed": typed,
-        "not used": dict.fromkeys(unused),
-        f"recipe {recipe}": RECIPES[recipe],
-        f"method {name}": method.rates,
-        **preset(typed),
-        "machine": machine(typed),
-        "default": default}
-    args = Options(sources={})
-    for option_name in default:
-        for source, values in defaults.items():
-            if option_name in values and option_name != "sources":
-                setattr(args, option_name, values[option_name])
-                args.sources[option_name] = source
-                break
-    if typed.get("pretrain") and args.weights != "toy":
-        raise ValueError(f"--pretrain: --weights {args.weights} is pretrained already")
-    return args
-
-
-def preset(typed):
-    """Options that follow from the names of data, weights and method."""
-    name = typed.get("data", "toy")
-    weights = typed.get("weights", "toy" if name == "toy" else "vitb14_reg4")
-    out = f"runs/{Path(name).resolve().name}"
-    if typed.get("method", "ivpt") != "ivpt":
-        out += f"_{typed['method']}"
-    if weights == "toy":
-        values = TOY_PRESET
-    elif ivpt.backbone_name(weights) in ivpt.ARCHITECTURES:
-        values = {}
-    else:
-        values = FILE_PRESET
-    return {f"weights {weights}": values, f"data {name}": dict(weights=weights, out=out)}
-
-
-def machine(typed):
-    device = typed.get("device", "cuda" if torch.cuda.is_available() else "cpu")
-    workers = min(8, os.cpu_count()) if device == "cuda" else 1
-    return dict(device=device, amp=has_bf16(device), workers=workers)
-
-
-def check_numbers(typed):
-    for name, value in typed.items():
-        lowest = 1 if name in ("epochs", "batch_size", "image_size") else 0
-        if isinstance(value, (int, float)) and not lowest <= value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: expected {lowest} or more")
-
-
-def options_of_run(typed):
-    """--resume: the options of the run in --out. What is typed beside it must agree, or may change.
-    """
-    path = Path(typed.get("out") or preset(typed)[f"data {typed.get('data', 'toy')}"]["out"])
-    path = path / "last.pt"
-    if not path.is_file():
-        raise FileNotFoundError(f"--resume: {path} is not there; name the run by --out")
-    _, checkpoint = ivpt.load_checkpoint(path)
-    stored = checkpoint["options"]
-    for name, value in typed.items():
-        if name not in MAY_CHANGE:
-            check_same(path, name, stored[name], value)
-    if typed.get("epochs", math.inf) < checkpoint["epoch"]:
-        raise ValueError(f"--epochs {typed['epochs']}: {path} has finished {checkpoint['epoch']}")
-    values = {f.name: stored[f.name] for f in fields(Options)}
-    values |= typed | dict(out=str(path.parent))
-    values["sources"] = stored["sources"] | dict.fromkeys(typed, "typed")
-    return Options(**values)
-
-
-def check_same(path, name, then, now):
-    """One line where a run would not go on as it began."""
-    if now != then:
-        raise ValueError(f"--resume: {path} was trained with {name} {then}, now {now}; "
-                         "give the same, or another --out")
-
-
-def has_bf16(device):
-    """Whether the device computes in bf16 itself: Ampere and later, AVX512-BF16 or AMX."""
-    if device == "cuda":
-        return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def table_of(args):
-    """The options that are in use, a line each: name, value, and where the value is from."""
-    lines = []
-    for name, source in args.sources.items():
-        if source != "not used":
-            lines.append(f"{name:20}{str(getattr(args, name)):34}{source}")
-    return "\n".join(lines)
-
-
 # ------------------------------------------------------------------------------------ the losses
-# A is a smoothed attention map (B, K, h, w), the background last. Every loss is a scalar; weight 1.
+# A is a smoothed attention map (B, K, h, w), the background last; fused maps are not smoothed.
+# Every loss is a scalar of weight 1.
 def classification(logits, labels):
     """Cross entropy of the mean over concepts of their class scores. logits (B, C), labels (B,)."""
     return F.cross_entropy(logits, labels)
@@ -255,13 +137,13 @@ def presence(A):
 
 
 def background_presence(A):
-    """BCE(max over positions of pool3(A_bg) * M, 1): every image has background, and at its rim."""
+    """BCE(max over positions of pool3(A_bg) * rim, 1): every image has background near its rim."""
     pooled = F.avg_pool2d(A[:, -1], 3, stride=1)  # (B, h-2, w-2)
     h, w = pooled.shape[1:]
     y = torch.linspace(-1, 1, h, device=A.device)[:, None]
     x = torch.linspace(-1, 1, w, device=A.device)[None, :]
-    M = y ** 2 + x ** 2
-    peak = (pooled * M / M.max()).amax(dim=(1, 2))  # (B,)
+    rim = y ** 2 + x ** 2  # 0 in the middle; 1 in the corners, once divided by its maximum
+    peak = (pooled * rim / rim.max()).amax(dim=(1, 2))  # (B,)
     return -peak.clamp_min(1e-10).log().mean()  # binary cross entropy with target 1
 
 
@@ -298,9 +180,8 @@ def ivpt_losses(model, images, labels, theta):
     images (B, 3, S, S), labels (B,), theta (2, 3) the affine map T of the equivariance loss.
     Returns a dict of the eight scalars and "loss", their sum; and the logits (B, C).
     """
-    # The warped view first: of its output the maps alone are used, which see detached patches. So
-    # its graph of the blocks is gone before the images' is built, and both fit into one's memory.
-    warped_maps = model(data.warp(images, theta)).attention
+    # The warped view first: its graph of the blocks is gone before that of the images is built.
+    warped_maps = model(data.warp(images, theta), maps_only=True).attention
     maps_back = [data.unwarp(A, theta) for A in warped_maps]
     out = model(images)
     maps = out.attention
@@ -324,7 +205,7 @@ ivpt.IVPT.losses = ivpt_losses  # model.Method asks for it; other methods bring 
 
 # --------------------------------------------------------------------------------- the optimiser
 def make_optimizer(model, args):
-    """Adam; all rates are halved every four epochs. Only groups that ask for it decay (AdamW)."""
+    """Adam; all rates are halved every four epochs. AdamW, since some methods ask for decay."""
     groups = model.parameter_groups(args)
     for group in groups:
         group["lr"] *= (args.batch_size / 16) ** 0.5
@@ -345,6 +226,125 @@ def share_state(model, world):
     if world > 1:
         for value in model.state_dict().values():
             dist.broadcast(value, 0)
+
+
+# ----------------------------------------------------------------- from the command line to options
+def parse(words=None):
+    """Command line -> Options. Which value an option takes: see layers, below."""
+    parser = data.one_line_parser(
+        description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
+    for f in fields(Options):
+        if not f.metadata:
+            continue
+        settings = dict(f.metadata)
+        if f.type is bool:
+            settings.setdefault("action", "store_true")
+        elif f.type is not str:  # str keeps the parser's own type, which expands ~
+            settings.setdefault("type", f.type)
+        parser.add_argument("--" + f.name.replace("_", "-"), **settings)
+    typed = vars(parser.parse_args(words))  # without defaults
+    if "prototypes" in typed:
+        typed["prototypes"] = tuple(typed["prototypes"])
+    check_numbers(typed)
+    if "resume" in typed:
+        return options_of_run(typed)
+
+    default = {f.name: f.default for f in fields(Options)}
+    name = typed.get("method", default["method"])
+    method = ivpt.find_method(name)
+    unused = set(ivpt.IVPT.accepts) - set(method.accepts)
+    for option_name in sorted(unused & typed.keys()):
+        raise ValueError(f"--{option_name.replace('_', '-')}: --method {name} does not take it")
+    recipe = typed.get("recipe", default["recipe"])
+    weights = typed.get("weights", "toy" if typed.get("data", "toy") == "toy" else "vitb14_reg4")
+    layers = {  # the first that has an option decides
+        "typed": typed,
+        "not used": dict.fromkeys(unused),
+        f"recipe {recipe}": RECIPES[recipe],
+        f"method {name}": method.rates,
+        f"weights {weights}": preset(weights),
+        "data": dict(weights=weights, out=default_out(typed)),
+        "machine": machine(typed),
+        "default": default}
+    args = Options(sources={})
+    del default["sources"]
+    for option_name in default:
+        source = next(source for source, values in layers.items() if option_name in values)
+        setattr(args, option_name, layers[source][option_name])
+        args.sources[option_name] = source
+    if typed.get("pretrain") and args.weights != "toy":
+        raise ValueError(f"--pretrain: --weights {args.weights} is pretrained already")
+    return args
+
+
+def default_out(typed):
+    name = Path(typed.get("data", "toy")).resolve().name
+    method = typed.get("method", "ivpt")
+    return f"runs/{name}" if method == "ivpt" else f"runs/{name}_{method}"
+
+
+def preset(weights):
+    """Options that follow from the backbone."""
+    if weights == "toy":
+        return TOY_PRESET
+    if ivpt.backbone_name(weights) in ivpt.ARCHITECTURES:
+        return {}
+    return FILE_PRESET
+
+
+def machine(typed):
+    device = typed.get("device", "cuda" if torch.cuda.is_available() else "cpu")
+    workers = min(8, os.cpu_count()) if device == "cuda" else 1
+    return dict(device=device, amp=has_bf16(device), workers=workers)
+
+
+def check_numbers(typed):
+    for name, value in typed.items():
+        lowest = 1 if name in ("epochs", "batch_size", "image_size") else 0
+        if isinstance(value, (int, float)) and not lowest <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected {lowest} or more")
+
+
+def options_of_run(typed):
+    """--resume: the options of the run in --out. Typed ones must agree with it, or may change."""
+    path = Path(typed.get("out", default_out(typed)), "last.pt")
+    if not path.is_file():
+        raise FileNotFoundError(f"--resume: {path} is not there; name the run by --out")
+    _, checkpoint = ivpt.load_checkpoint(path)
+    stored = checkpoint["options"]
+    for name, value in typed.items():
+        if name not in MAY_CHANGE:
+            check_same(path, name, stored[name], value)
+    if typed.get("epochs", math.inf) < checkpoint["epoch"]:
+        raise ValueError(f"--epochs {typed['epochs']}: {path} has finished {checkpoint['epoch']}")
+    values = {f.name: stored[f.name] for f in fields(Options)}
+    values |= typed | dict(out=str(path.parent))
+    values["sources"] = stored["sources"] | dict.fromkeys(typed, "typed")
+    return Options(**values)
+
+
+def check_same(path, name, then, now):
+    """One line where a run would not go on as it began."""
+    if now != then:
+        raise ValueError(f"--resume: {path} was trained with {name} {then}, now {now}; "
+                         "give the same, or another --out")
+
+
+def has_bf16(device):
+    """Whether the device computes in bf16 itself: Ampere and later, AVX512-BF16 or AMX."""
+    if device == "cuda":
+        return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def table_of(args):
+    """The options that are in use, a line each: name, value, and where the value is from."""
+    lines = []
+    for name, source in args.sources.items():
+        if source != "not used":
+            value = str(getattr(args, name))
+            lines.append(f"{name:20}{value:33} {source}")
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------- a run's beginning
@@ -397,7 +397,7 @@ def new_model(args, dataset, device):
     if args.weights == "toy" and args.pretrain:
         from prepare.toy_vit import pretrain
         pretrain(backbone, dataset, args.pretrain, device, args.amp, args.workers)
-    torch.manual_seed(args.seed)  # whatever the backbone drew
+    torch.manual_seed(args.seed)  # so the model does not depend on what pretraining drew
     return ivpt.build(asdict(args), len(dataset.classes), backbone).to(device)
 
 
@@ -452,7 +452,7 @@ def train(args):
     parameters = [p for p in model.parameters() if p.requires_grad]
     compute_losses = torch.compile(model.losses) if args.compile else model.losses
     if chief:
-        if not args.resume:  # --overwrite
+        if not args.resume:  # a new run removes the results of the one that it overwrites
             for name in ("last.pt", "metrics.json", "metrics_val.json"):
                 (out / name).unlink(missing_ok=True)
         data.save(out / "config.json", json.dumps(asdict(args), indent=1) + "\n")
@@ -506,7 +506,8 @@ def train(args):
         if model.has_stages:
             share_state(model, world)
         line = dict(epoch=epoch + 1)
-        for name in history[0] if history else ():
+        names = history[0] if history else ()  # none if every step was skipped
+        for name in names:
             values = torch.stack([losses[name] for losses in history])
             line[name] = round(values.mean().item(), 6)
         line["lr"] = optimizer.param_groups[0]["lr"]

@@ -129,7 +129,8 @@ def regions(x, prototypes, bias):
     """a (B, N, K), r (B, N, K), m (B, K), and the divisor of the pooled features (B, K, 1)."""
     logits = F.linear(x, 2 * prototypes, -prototypes.square().sum(1))
     attention = (logits.float().softmax(-1) + bias.T).clamp(min=0)
-    region = torch.where(kernels._won(attention), attention, 0)
+    won = attention == attention.amax(-1, keepdim=True)
+    region = torch.where(won, attention, 0)
     mass = region.sum(1)
     divisor = torch.where(mass > 0, mass, 1).to(x.dtype)
     return attention, region, mass, divisor[..., None]

@@ -8,6 +8,8 @@ never trained: no prompt, no loss on maps. Each concept of all layers then votes
 weights of its own, and the mean decides. Letters in shapes are those of model.py; V is the number
 of all concepts that vote, the sum of K - 1 over the layers.
 """
+import functools
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -41,7 +43,8 @@ class Clusters(nn.Module):
 
     def directions(self, patches):
         """Patches (B, N, D), each averaged with its neighbours and brought to length sqrt(D)."""
-        maps = to_float32(patches).transpose(1, 2).unflatten(2, self.grid)  # (B, D, h, w)
+        maps = to_float32(patches).transpose(1, 2)  # (B, D, N)
+        maps = maps.unflatten(2, self.grid)  # (B, D, h, w)
         maps = F.pad(maps, (1, 1, 1, 1), mode="replicate")
         maps = F.avg_pool2d(maps, 3, stride=1)
         return to_length(maps.flatten(2).transpose(1, 2))
@@ -52,9 +55,11 @@ class Clusters(nn.Module):
         The object is the set of patches nearer to the mean of objects than to that of all else.
         """
         e = self.directions(patches)
-        is_object = torch.cdist(e, self.means).argmin(2, keepdim=True) == 0  # (B, N, 1)
-        size = is_object.sum(1, keepdim=True).clamp(min=1)
-        object_mean = (is_object * e).sum(1, keepdim=True) / size  # (B, 1, D)
+        nearest = torch.cdist(e, self.means).argmin(2, keepdim=True)
+        is_object = (nearest == 0).float()  # (B, N, 1)
+        size = is_object.sum(1, keepdim=True)
+        object_sum = (is_object * e).sum(1, keepdim=True)
+        object_mean = object_sum / size.clamp(min=1)  # (B, 1, D)
         return to_length(e - object_mean)
 
     def forward(self, patches):
@@ -62,21 +67,42 @@ class Clusters(nn.Module):
 
         An empty region's feature is 0.
         """
+        D = patches.shape[2]
         with torch.autocast(patches.device.type, enabled=False):
             patches = to_float32(patches)
-            distances = torch.cdist(self.relative(patches), self.prototypes).square()  # (B, N, K)
-            logits = -distances / (2 * patches.shape[2] ** 0.5)
+            e = self.relative(patches)
+            distances = torch.cdist(e, self.prototypes).square()  # (B, N, K)
+            logits = -distances / (2 * D ** 0.5)
             a = logits.softmax(2).transpose(1, 2)
-            region = torch.where(a == a.amax(1, keepdim=True), a, 0)[:, :-1]
+            largest = a.amax(1, keepdim=True)
+            region = torch.where(a == largest, a, 0)
+            region = region[:, :-1]  # of the concepts
             mass = region.sum(2, keepdim=True)  # (B, K - 1, 1)
-            return a, region @ patches / mass.clamp_min(1e-30)
+            features = region @ patches / mass.clamp_min(1e-30)
+        return a, features
 
     def vote(self, features):
         """features (B, K - 1, D) -> the same whitened, and class scores (B, K - 1, C)."""
         with torch.autocast(features.device.type, enabled=False):
             centred = features - self.feature_mean
             z = torch.einsum("bkd,kde->bke", centred, self.whitening)
-            return z, torch.einsum("bkd,kdc->bkc", z, self.votes)
+            scores = torch.einsum("bkd,kdc->bkc", z, self.votes)
+        return z, scores
+
+    def whiten(self, mean, second_moment, shrinkage):
+        """Sets the whitening from the mean (K - 1, D) and the second moment (K - 1, D, D) of the
+        features. shrinkage: of the covariance, towards its mean variance times I."""
+        self.feature_mean.copy_(mean)
+        identity = torch.eye(mean.shape[1]).to(mean)
+        for k, centre in enumerate(mean):
+            covariance = second_moment[k] - torch.outer(centre, centre)
+            variance = covariance.diagonal().mean()
+            if variance < 1e-8:  # a concept without patches has no vote
+                continue
+            shrunk = (1 - shrinkage) * covariance
+            shrunk += shrinkage * variance * identity
+            values, vectors = torch.linalg.eigh(shrunk)
+            self.whitening[k] = vectors / values.clamp_min(1e-8).sqrt()
 
 
 def to_length(x):
@@ -107,9 +133,10 @@ class Parts(Method):
         self.prototypes = tuple(prototypes)
         self.layers = nn.ModuleList(
             Clusters(K, backbone.width, backbone.grid, num_classes) for K in self.prototypes)
-        self.num_coarse = self.prototypes[-1] - 1  # G
-        num_fine = sum(self.prototypes[:-1]) - len(self.prototypes[:-1])
-        self.register_buffer("parents", torch.zeros(num_fine, dtype=torch.long))  # below G
+        # Of every fine concept, layer by layer, the coarse one to which it belongs: below G.
+        num_fine = [K - 1 for K in self.prototypes[:-1]]
+        parents = torch.zeros(sum(num_fine), dtype=torch.long)
+        self.register_buffer("parents", parents)
 
     def forward(self, images, labels=None):
         """images (B, 3, S, S) -> Output: one forward of the frozen ViT, and the votes."""
@@ -121,9 +148,17 @@ class Parts(Method):
             attention.append(a.unflatten(2, self.grid))
             scores.append(votes)
         concept_logits = torch.cat(scores, dim=1)  # (B, V, C)
-        groups = F.one_hot(self.parents, self.num_coarse).float().expand(len(images), -1, -1)
-        groups = [*groups.split([K - 1 for K in self.prototypes[:-1]], dim=1)]
-        return Output(concept_logits.mean(1), concept_logits, attention, groups, [], z)
+        logits = concept_logits.mean(1)
+        groups = self.groups(len(images))
+        return Output(logits, concept_logits, attention, groups, [], z)
+
+    def groups(self, B):
+        """For each layer but the last (B, K - 1, G): one-hot, the same for every image."""
+        G = self.prototypes[-1] - 1
+        one_hot = F.one_hot(self.parents, G).float()
+        num_fine = [K - 1 for K in self.prototypes[:-1]]
+        layers = one_hot.split(num_fine) if num_fine else ()
+        return [groups.expand(B, -1, -1) for groups in layers]
 
     def losses(self, images, labels, theta):
         """Cross entropy alone."""
@@ -139,56 +174,51 @@ class Parts(Method):
     @torch.no_grad()
     def start(self, dataset, args):
         """The clusters; then whitening and groups, by one pass over the training images."""
-        for layer, regions in zip(self.layers, self.sample_regions(dataset, args.seed)):
+        samples = self.sample_regions(dataset, args.seed)
+        for layer, regions in zip(self.layers, samples):
             K = len(layer.prototypes)
             layer.prototypes.copy_(cluster_prototypes(*regions, K, args.seed))
 
-        num_layers = len(self.layers)
-        sums = [0.0] * num_layers  # of features, (K - 1, D)
-        products = [0.0] * num_layers  # of pairs of their entries, (K - 1, D, D)
-        shared = [0.0] * num_layers  # numbers of patches, (K, G + 1)
+        totals = [dict(features=0.0, products=0.0, shared=0.0) for _ in self.layers]
         for images, *_ in DataLoader(dataset, 16):
             images = images.to(self.parents.device)
-            owners = []  # (B, N, K) one-hot, of every layer
-            for l, e in enumerate(self.backbone.last_patches(images, num_layers)):
-                a, features = self.layers[l](e)
+            patches = self.backbone.last_patches(images, len(self.layers))
+            owners = []  # (B, N, K), one-hot: whose each patch is
+            for layer, e, total in zip(self.layers, patches, totals):
+                a, features = layer(e)
                 features = features.double()
-                sums[l] += features.sum(0)
-                products[l] += torch.einsum("bkd,bke->kde", features, features)
+                products = torch.einsum("bkd,bke->kde", features, features)
+                total["features"] += features.sum(0)
+                total["products"] += products
                 owners.append(F.one_hot(a.argmax(1), a.shape[1]).float())
-            for l, owner in enumerate(owners):
-                shared[l] += torch.einsum("bnk,bng->kg", owner, owners[-1])
+            for owner, total in zip(owners, totals):
+                shared = torch.einsum("bnk,bng->kg", owner, owners[-1])
+                total["shared"] += shared  # (K, G + 1), numbers of patches
 
-        for l, layer in enumerate(self.layers):
-            mean = sums[l] / len(dataset)
-            covariance = products[l] / len(dataset) - mean[:, :, None] * mean[:, None]
-            layer.feature_mean.copy_(mean)
-            layer.whitening.copy_(whitening_of(covariance, self.shrinkage))
-        if num_layers > 1:
-            parents = [counts[:-1, :-1].argmax(1) for counts in shared[:-1]]
-            self.parents.copy_(torch.cat(parents))
+        n = len(dataset)
+        parents = []
+        for layer, total in zip(self.layers, totals):
+            mean = total["features"] / n
+            layer.whiten(mean, total["products"] / n, self.shrinkage)
+            parents.append(total["shared"][:-1, :-1].argmax(1))
+        self.parents.copy_(torch.cat(parents)[:len(self.parents)])  # the last layer has none
 
     def sample_regions(self, dataset, seed):
         """Objects are found in directions. Their means make patches relative: a second sample."""
-        num_layers = len(self.layers)
-        directions, radius2 = sample_patches(
-            self.backbone, num_layers, dataset, seed,
-            lambda l, patches: self.layers[l].directions(patches))
-        masks = [find_foreground(e, radius2, seed) for e in directions]
-        for layer, e, (foreground, _) in zip(self.layers, directions, masks):
+        def directions(l, patches):
+            return self.layers[l].directions(patches)
+
+        def relative(l, patches):
+            return self.layers[l].relative(patches)
+
+        sample = functools.partial(
+            sample_patches, self.backbone, len(self.layers), dataset, seed)
+        layers, radius2 = sample(directions)
+        masks = []
+        for layer, e in zip(self.layers, layers):
+            foreground, background = find_foreground(e, radius2, seed)
             layer.means[0] = e[foreground].mean(0)
             layer.means[1] = e[~foreground].mean(0)
-        relative, _ = sample_patches(
-            self.backbone, num_layers, dataset, seed,
-            lambda l, patches: self.layers[l].relative(patches))
-        return [(e, *mask) for e, mask in zip(relative, masks)]
-
-
-def whitening_of(covariance, shrinkage):
-    """Covariances (K - 1, D, D) -> W (K - 1, D, D): vectors of that covariance, times W, have I."""
-    variance = covariance.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    identity = torch.eye(covariance.shape[1]).to(covariance)
-    shrunk = (1 - shrinkage) * covariance + shrinkage * variance * identity
-    values, vectors = torch.linalg.eigh(shrunk)
-    W = vectors / values.clamp_min(1e-8).sqrt()[:, None]
-    return torch.where(variance > 0, W, 0)  # a concept that won no patch has no vote
+            masks.append((foreground, background))
+        layers, _ = sample(relative)
+        return [(e, *mask) for e, mask in zip(layers, masks)]

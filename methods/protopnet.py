@@ -176,16 +176,17 @@ class ProtoPNet(ClassPrototypes):
         losses["loss"] = sum(losses.values())
         return losses, logits
 
+    def first_stage(self, epochs):  # its length
+        return epochs - min(5, epochs // 2)
+
     def before_epoch(self, epoch, epochs):
-        first = epochs - min(5, epochs // 2)  # epochs of stage 1
-        self.stage = 1 if epoch < first else 2
+        self.stage = 1 if epoch < self.first_stage(epochs) else 2
 
     @torch.no_grad()
     def after_epoch(self, epoch, epochs, dataset):
-        first = epochs - min(5, epochs // 2)
-        if epoch + 1 == first:
+        if epoch + 1 == self.first_stage(epochs):
             self.project(dataset, self.own.bool())
-        if epoch + 1 >= first:
+        if epoch + 1 >= self.first_stage(epochs):
             self.vectors.copy_(self.add_on(self.sources))  # a loaded model reads vectors
 
     def project(self, dataset, own):
@@ -428,18 +429,19 @@ class ProtoPool(ProtoPNet):
         losses["loss"] = sum(losses.values())
         return losses, logits
 
+    def first_stage(self, epochs):
+        return max(1, epochs // 4)
+
     def before_epoch(self, epoch, epochs):
-        first = max(1, epochs // 4)  # epochs of stage 1
-        self.stage = 1 if epoch < first else 2
-        self.sharpness = 1000 * ((epoch + 1) / first) ** 0.5  # for stage 1
+        super().before_epoch(epoch, epochs)
+        self.sharpness = 1000 * ((epoch + 1) / self.first_stage(epochs)) ** 0.5  # for stage 1
 
     @torch.no_grad()
     def after_epoch(self, epoch, epochs, dataset):
-        first = max(1, epochs // 4)
-        if epoch + 1 == first:
+        if epoch + 1 == self.first_stage(epochs):
             self.eval()  # slots are one-hot
             self.project(dataset, owned_by_slots(self.assignment()))
-        if epoch + 1 >= first:
+        if epoch + 1 >= self.first_stage(epochs):
             self.vectors.copy_(self.add_on(self.sources))
 
     def parameter_groups(self, args):
