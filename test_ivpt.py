@@ -1890,9 +1890,11 @@ train.presence = lambda A: 0 * A.sum()
 RUNNER = """import os, sys
 sys.path.insert(0, {root!r})
 {fixed}
-train.main()
-if os.environ["RANK"] == "0":
+train.train(train.parse())
+rank = int(os.environ["RANK"])
+if rank == 0:
     os.rename({run!r} + "/metrics.json", {run!r} + "/first")
+data.start_processes = lambda device: (rank, 2)  # they are joined already
 train.evaluate.main(["--ckpt", {run!r} + "/last.pt"])
 """
 
