@@ -404,7 +404,7 @@ class IVPT(Method):
         class head                              classification alone
         tuned tokens or backbone                classification and orthogonality
     The six on maps: region consistency, total variation, presence, background presence, entropy,
-    equivariance. Its method losses is train.ivpt_losses, which train.py puts here.
+    equivariance. losses() is train.ivpt_losses: train.py assigns it.
     """
 
     arguments = ("prototypes", "bias_after_softmax", "fusion_mlp", "tune",
