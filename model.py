@@ -271,6 +271,9 @@ def smooth(a):
 class Fusion(nn.Module):
     """Fine-to-coarse fusion: K - 1 region features, grouped into G concepts, become G prompts.
 
+        g_j = sum_k S_kj p_k / sum_k S_kj,   S = softmax over j of (W p_k + Gumbel noise)
+        prompt_j = head(norm(g))_j
+
     no_fusion, for the ablation: every fine concept prompts by itself, so G is K - 1.
     """
 
@@ -326,13 +329,14 @@ class Output(NamedTuple):  # as IVPT fills it; the docstrings in methods/ say wh
 class Method(nn.Module):
     """What train.py, evaluate.py and explore/ ask of a method. IVPT is one; methods/ has others.
 
-    A method sets prototypes: for each map that it shows, the number of channels, background last.
+    prototypes, a tuple that a method sets: K of each map in Output.attention in eval mode, the
+    background counted. What must survive --resume is a parameter or a buffer, made in __init__.
     """
 
     rates = {}              # options with another default than train.py's
     accepts = ()            # which of IVPT's options it takes; typing another one is an error
     class_specific = False  # every class has prototypes of its own
-    has_stages = False      # they depend on --epochs, so --resume must not change it
+    has_stages = False      # after_epoch changes weights; then --resume must not change --epochs
 
     def __init__(self, backbone):
         super().__init__()
@@ -340,7 +344,7 @@ class Method(nn.Module):
         self.grid = backbone.grid  # (h, w)
 
     def forward(self, images, labels=None):
-        """images (B, 3, S, S) -> Output.
+        """images (B, 3, S, S) -> Output. What a method has not is None, or [].
 
         labels (B): the classes whose prototypes to show, where each class has its own; None: those
         of the predicted classes.
@@ -355,7 +359,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def parameter_groups(self, args):
-        """Adam's groups: what is trained, at which rate. args: train.Options; batches of 16."""
+        """Adam's groups: what is trained, and its rate for batches of 16. args: train.Options."""
         raise NotImplementedError
 
     def start(self, dataset, args):
@@ -386,6 +390,8 @@ def tune_backbone(backbone, tune):
 class IVPT(Method):
     """Interpretable visual prompt tuning of a VisionTransformer.
 
+        z = norm(p of the last layer),   logits = mean over the concepts j of W_c z_j
+
     prototypes: how many each concept layer has, the background counted. The last layer reads the
         output. Each of the others prompts one block: these are the backbone's last blocks.
     bias_after_softmax: a = max(softmax + bias, 0) as in the text; False: softmax(logit + bias).
@@ -409,7 +415,8 @@ class IVPT(Method):
 
     arguments = ("prototypes", "bias_after_softmax", "fusion_mlp", "tune",
                  "no_bias", "no_regions", "no_cross_layer", "no_fusion")
-    accepts = (*arguments, "recipe", "start", "lr_fusion", "lr_bias", "lr_backbone")
+    accepts = (*arguments, "recipe", "start", "lr_prototypes", "lr_fusion", "lr_bias",
+               "lr_backbone")
 
     def __init__(self, backbone, num_classes, prototypes=PROTOTYPES, bias_after_softmax=True,
                  fusion_mlp=True, tune="none", no_bias=False, no_regions=False,
@@ -511,7 +518,7 @@ class IVPT(Method):
 
 # ---------------------------------------------------------------- where the prototypes start
 # Objects are found in the patches of the unprompted ViT; no label, box or key point is read.
-MAX_IMAGES, MAX_PATCHES = 1000, 200_000  # all patches of 1,000 images of 196
+MAX_IMAGES, MAX_PATCHES = 1000, 200_000  # so all of 1,000 images of 14 x 14 patches
 
 
 @torch.no_grad()
@@ -641,7 +648,7 @@ def load_backbone(name_or_path, image_size=None):
     elif path.is_file():
         state = read_file(path, "weights")
     else:
-        names = ", ".join(ARCHITECTURES)
+        names = ", ".join(["toy", *ARCHITECTURES])
         raise FileNotFoundError(f"--weights {path}: no such file, and not one of {names}")
     if not in_metas_names(state):
         from prepare.weights import to_metas_names
@@ -699,7 +706,7 @@ def assemble_backbone(state, image_size, source):
     """
     with torch.device("meta"):
         backbone = VisionTransformer(**read_architecture(state), image_size=image_size)
-    load_state(backbone, state, source)
+    load_state(backbone, state, source, assign=True)
     return backbone
 
 
@@ -715,10 +722,10 @@ def read_architecture(state):
         swiglu=state.get("blocks.0.mlp.w3.weight", ABSENT).shape[1])
 
 
-def load_state(module, state, source):
+def load_state(module, state, source, assign):
     """load_state_dict, strict; its error becomes one line, which names the keys that do not fit."""
     try:
-        module.load_state_dict(state, assign=True)
+        module.load_state_dict(state, assign=assign)
     except RuntimeError as error:
         line = " ".join(str(error).split())
         raise ValueError(f"{source}: {line[:300]}; take the file that fits") from None
@@ -747,8 +754,8 @@ class StoredOptions(dict):
     """The options in a checkpoint. One that an older version of this program lacked is one line."""
 
     def __missing__(self, name):
-        raise ValueError(f"checkpoint: has no option {name}, so another version of this program "
-                         "wrote it; train again, or take the commit that wrote it")
+        raise ValueError(f"checkpoint {self.path}: has no option {name}, so another version of "
+                         "this program wrote it; train again, or take the commit that wrote it")
 
 
 def load_checkpoint(path):
@@ -761,6 +768,7 @@ def load_checkpoint(path):
     if not isinstance(checkpoint, dict) or not fields <= checkpoint.keys():
         raise ValueError(f"checkpoint {path}: not written by train.py; name a run's last.pt")
     options = checkpoint["options"] = StoredOptions(checkpoint["options"])
+    options.path = path
     state = checkpoint["model"]
     prefix = "backbone."
     vit = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
@@ -769,5 +777,5 @@ def load_checkpoint(path):
                          "commit that wrote it")
     backbone = assemble_backbone(vit, options["image_size"], f"checkpoint {path}")
     model = build(options, len(checkpoint["classes"]), backbone)
-    load_state(model, state, f"checkpoint {path}")
+    load_state(model, state, f"checkpoint {path}", assign=False)
     return model.eval(), checkpoint

@@ -1630,16 +1630,17 @@ def test_an_option_is_typed_or_from_recipe_method_preset_or_default_and_says_so(
     assert (args.lr_bias, args.bias_after_softmax, args.tune) == (1e-4, False, "tokens")
     assert args.sources["lr_bias"] == args.sources["bias_after_softmax"] == "typed"
     assert args.sources["tune"] == "recipe released" and args.sources["epochs"] == "weights toy"
+    assert train.parse([]).sources["tune"] == "default recipe"
     assert args.sources["lr"] == "default" and args.sources["device"] == "machine"
     args = train.parse(["--method", "x", "--prototypes", "3", "2"])
     assert (args.lr, args.epochs, args.image_size, args.prototypes) == (3e-3, 7, 112, (3, 2))
-    assert (args.lr_bias, args.tune, args.no_bias, args.out) == (2e-5, None, None, "runs/toy_x")
+    assert (args.lr_bias, args.tune, args.no_bias, args.out) == (1.0, None, None, "runs/toy_x")
     assert args.sources["lr"] == "method x" and args.sources["tune"] == "not used"
     table = [line.split() for line in train.table_of(args).splitlines()]
     assert ["lr", "0.003", "method", "x"] in table and ["seed", "42", "default"] in table
     assert not [line for line in table if line[0] in ("tune", "sources")]
     values = dict(recipe=["paper"], start=["noise"], tune=["none"], lr_fusion=["1"],
-                  lr_backbone=["1"])
+                  lr_backbone=["1"], lr_prototypes=["1"])
     for word in {*ivpt.IVPT.accepts} - {*Other.accepts}:
         typed = ["--" + word.replace("_", "-"), *values.get(word, [])]
         with one_line(ValueError, typed[0], "--method x does not take it"):

@@ -93,7 +93,7 @@ class Options:
     batch_size: int = option(16, "images of an optimiser step, over all processes")
     lr: float = option(1e-2, "rate of class head, grouping and LayerNorms")
     lr_fusion: float = option(1e-2, "rate of the fusion heads, which make prompts")
-    lr_prototypes: float = option(2e-4, "rate of prototypes, tuned tokens and a baseline's prompts")
+    lr_prototypes: float = option(2e-4, "rate of prototypes, tuned tokens; see other methods")
     lr_bias: float = option(None, "rate of the spatial bias: too high, and regions stand still")
     lr_backbone: float = option(2e-4, "rate of the backbone under --tune all")
     seed: int = option(42, "of weights, order, augmentation and noise")
@@ -230,9 +230,11 @@ def share_state(model, world):
 
 # ----------------------------------------------------------------- from the command line to options
 def parse(words=None):
-    """Command line -> Options. Which value an option takes: see layers, below."""
+    """Command line -> Options. Where the value of an option comes from: see sources, below."""
     parser = data.one_line_parser(
-        description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
+        description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS,
+        epilog="Options that are not typed come from the recipe, the method, the weights and the "
+               "machine; the run prints them.")
     for f in fields(Options):
         if not f.metadata:
             continue
@@ -257,11 +259,12 @@ def parse(words=None):
         raise ValueError(f"--{option_name.replace('_', '-')}: --method {name} does not take it")
     recipe = typed.get("recipe", default["recipe"])
     weights = typed.get("weights", "toy" if typed.get("data", "toy") == "toy" else "vitb14_reg4")
-    layers = {  # the first that has an option decides
+    sources = {  # the first that has an option decides
         "typed": typed,
         "not used": dict.fromkeys(unused),
-        f"recipe {recipe}": RECIPES[recipe],
+        f"recipe {recipe}": RECIPES[recipe] if "recipe" in typed else {},
         f"method {name}": method.rates,
+        "default recipe": RECIPES["paper"],
         f"weights {weights}": preset(weights),
         "data": dict(weights=weights, out=default_out(typed)),
         "machine": machine(typed),
@@ -269,8 +272,8 @@ def parse(words=None):
     args = Options(sources={})
     del default["sources"]
     for option_name in default:
-        source = next(source for source, values in layers.items() if option_name in values)
-        setattr(args, option_name, layers[source][option_name])
+        source = next(source for source, values in sources.items() if option_name in values)
+        setattr(args, option_name, sources[source][option_name])
         args.sources[option_name] = source
     if typed.get("pretrain") and args.weights != "toy":
         raise ValueError(f"--pretrain: --weights {args.weights} is pretrained already")
@@ -338,7 +341,7 @@ def has_bf16(device):
 
 
 def table_of(args):
-    """The options that are in use, a line each: name, value, and where the value is from."""
+    """The options that the method takes, a line each: name, value, and where the value is from."""
     lines = []
     for name, source in args.sources.items():
         if source != "not used":
@@ -351,7 +354,7 @@ def table_of(args):
 def open_run_folder(args):
     """The run's folder, made if need be. A folder that holds a run is not overwritten unasked."""
     out = Path(args.out)
-    if (out / "config.json").is_file() and not (args.resume or args.overwrite):
+    if (out / "last.pt").is_file() and not (args.resume or args.overwrite):
         raise ValueError(f"--out {out} holds a run; take --resume, --overwrite or another folder")
     out.mkdir(parents=True, exist_ok=True)
     return out
@@ -417,10 +420,10 @@ def epoch_batches(num_images, args, epoch, rank=0, world=1):
 def train(args):
     """The run that the options describe. Returns its metrics, as in metrics.json."""
     # Folder and data. What cannot work is said before anything is downloaded.
-    out = open_run_folder(args)
-    last, log = out / "last.pt", out / "log.jsonl"
     if not args.resume:
         check_model(args)
+    out = open_run_folder(args)
+    last, log = out / "last.pt", out / "log.jsonl"
     use_cores(args)
     device = data.local_device(args.device)
     rank, world = data.start_processes(device)

@@ -28,8 +28,8 @@ class Clusters(nn.Module):
         a_k = softmax over k of -|e - q_k|^2 / (2 sqrt(D))       e = relative(patches)
 
     A concept's feature is the mean of the patches themselves over its region, weighted by a_k. It
-    is whitened: over the training images a concept's features have mean 0 and covariance I. So a
-    vote can follow what varies little.
+    is whitened: over the training images a concept's features have mean 0, and a covariance near
+    I. So a vote can follow what varies little.
     """
 
     def __init__(self, K, width, grid, num_classes):
@@ -65,7 +65,7 @@ class Clusters(nn.Module):
     def forward(self, patches):
         """patches (B, N, D) -> attention (B, K, N), features of the concepts (B, K - 1, D).
 
-        An empty region's feature is 0.
+        An empty region's feature is 0, here and where the whitening is measured.
         """
         D = patches.shape[2]
         with torch.autocast(patches.device.type, enabled=False):
@@ -74,9 +74,8 @@ class Clusters(nn.Module):
             distances = torch.cdist(e, self.prototypes).square()  # (B, N, K)
             logits = -distances / (2 * D ** 0.5)
             a = logits.softmax(2).transpose(1, 2)
-            largest = a.amax(1, keepdim=True)
-            region = torch.where(a == largest, a, 0)
-            region = region[:, :-1]  # of the concepts
+            won = F.one_hot(a.argmax(1), a.shape[1]).mT  # by the first of the largest
+            region = (won * a)[:, :-1]  # of the concepts
             mass = region.sum(2, keepdim=True)  # (B, K - 1, 1)
             features = region @ patches / mass.clamp_min(1e-30)
         return a, features
@@ -111,7 +110,7 @@ def to_length(x):
 
 
 class Parts(Method):
-    """Clusters at the five places where IVPT has a concept layer; all their concepts vote.
+    """Clusters where IVPT has concept layers; the concepts of all of them vote.
 
     prototypes: how many each layer has, the background counted.
     Output: concept_logits (B, V, C), of the concepts of all layers; attention without smoothing;
@@ -130,6 +129,9 @@ class Parts(Method):
         if not 1 <= len(prototypes) <= most or min(prototypes) < 2:
             raise ValueError(f"prototypes {prototypes}: expected 1 to {most} numbers, "
                              "each at least 2 (one concept and the background)")
+        if min(backbone.grid) < 3:
+            raise ValueError(f"image size {backbone.image_size}: {backbone.grid} patches, "
+                             "expected at least 3 a side")
         self.prototypes = tuple(prototypes)
         self.layers = nn.ModuleList(
             Clusters(K, backbone.width, backbone.grid, num_classes) for K in self.prototypes)
@@ -182,7 +184,8 @@ class Parts(Method):
         totals = [dict(features=0.0, products=0.0, shared=0.0) for _ in self.layers]
         for images, *_ in DataLoader(dataset, 16):
             images = images.to(self.parents.device)
-            patches = self.backbone.last_patches(images, len(self.layers))
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
+                patches = self.backbone.last_patches(images, len(self.layers))
             owners = []  # (B, N, K), one-hot: whose each patch is
             for layer, e, total in zip(self.layers, patches, totals):
                 a, features = layer(e)
@@ -204,7 +207,8 @@ class Parts(Method):
         self.parents.copy_(torch.cat(parents)[:len(self.parents)])  # the last layer has none
 
     def sample_regions(self, dataset, seed):
-        """Objects are found in directions. Their means make patches relative: a second sample."""
+        """Objects are found in directions. Their means, which this sets, make patches relative: a
+        second sample."""
         def directions(l, patches):
             return self.layers[l].directions(patches)
 
@@ -220,5 +224,6 @@ class Parts(Method):
             layer.means[0] = e[foreground].mean(0)
             layer.means[1] = e[~foreground].mean(0)
             masks.append((foreground, background))
+        del layers, e  # large
         layers, _ = sample(relative)
         return [(e, *mask) for e, mask in zip(layers, masks)]

@@ -74,6 +74,7 @@ class ClassPrototypes(Method):
     """
 
     class_specific = True
+    accepts = ("lr_prototypes",)
 
     def __init__(self, backbone, num_classes, num_prototypes):
         super().__init__(backbone)

@@ -543,7 +543,7 @@ def started_parts(**changes):
     for name, value in changes.items():
         setattr(model, name, value)
     dataset = birds_in_the_middle()
-    model.start(dataset, SimpleNamespace(seed=0))
+    model.start(dataset, SimpleNamespace(seed=0, amp=False))
     return model.eval(), dataset
 
 
@@ -737,6 +737,7 @@ WORDS = {  # how an option of IVPT is typed
     "no_fusion": "--no-fusion",
     "recipe": "--recipe paper",
     "start": "--start noise",
+    "lr_prototypes": "--lr-prototypes 0.5",
     "lr_fusion": "--lr-fusion 0.5",
     "lr_bias": "--lr-bias 0.5",
     "lr_backbone": "--lr-backbone 0.5",
@@ -757,9 +758,11 @@ def test_an_option_that_a_method_does_not_take_is_refused(method):
 
 
 def test_which_options_of_ivpt_the_methods_take():
-    taken = {method: set(cls.accepts) for method, cls in METHODS.items() if cls.accepts}
-    one_layer = {"bias_after_softmax", "no_bias", "no_regions", "lr_fusion", "lr_bias"}
-    assert taken == {"parts": {"prototypes"}, "vpt-deep-proto": one_layer}
+    taken = {method: set(cls.accepts) for method, cls in METHODS.items()}
+    assert taken.pop("parts") == {"prototypes"}
+    assert taken.pop("vpt-deep-proto") == {
+        "bias_after_softmax", "no_bias", "no_regions", "lr_prototypes", "lr_fusion", "lr_bias"}
+    assert all(names == {"lr_prototypes"} for names in taken.values())
 
 
 @pytest.mark.parametrize("method", METHODS)

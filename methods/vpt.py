@@ -85,6 +85,7 @@ class VPTDeep(Method):
     """
 
     rates = dict(lr=1e-3, lr_prototypes=5e-3)
+    accepts = ("lr_prototypes",)  # the rate of the prompts
 
     def __init__(self, backbone, num_classes, num_prompts=10):
         super().__init__(backbone)
@@ -165,7 +166,8 @@ class VPTDeepPrototypes(IVPT):
     """
 
     rates = dict(lr=1e-2, lr_prototypes=2e-4, lr_fusion=3e-4)
-    accepts = ("bias_after_softmax", "no_bias", "no_regions", "lr_fusion", "lr_bias")
+    accepts = ("bias_after_softmax", "no_bias", "no_regions", "lr_prototypes", "lr_fusion",
+               "lr_bias")
     loss_weights = dict(classification=1.0, presence=0.2, background_presence=0.2,
                         equivariance=0.2, orthogonality=1.0)
 
