@@ -343,7 +343,8 @@ def evaluate(model, folder, image_size, batch_size=32, workers=0, amp=False, see
 
 
 def recipe_of(options):
-    """What metrics.json says of a run: its method and that method's options (options: a dict)."""
+    """What metrics.json says of a run: its method and IVPT's options, None where the method takes
+    none. options: a dict."""
     recipe = {name: options.get(name) for name in ("method", *ivpt.IVPT.accepts)}
     if recipe["prototypes"] is not None:
         recipe["prototypes"] = list(recipe["prototypes"])  # JSON has no tuples
@@ -413,7 +414,8 @@ def parse(argv):
     add("--ckpt", required=True, help="last.pt of a run")
     add("--visualize", metavar="DIR", help="write a gallery of every concept: DIR/index.html")
     add("--image", metavar="FILE", nargs="+", help="explain these images or folders instead")
-    add("--split", choices=("test", "val"), default="test", help="val: every fourth training image")
+    add("--split", choices=("test", "val"),
+        help="val: every fourth training image; default: val of a run with --validate, else test")
     add("--data", help="toy, cub or a folder; default: as in training")
     add("--data-root", help="folder of the data; default: as in training")
     add("--batch-size", type=int, default=32, help="images a forward; changes no number")
@@ -436,19 +438,20 @@ def main(argv=None):
         from explore.explain import explain_files
         return explain_files(model, args.image, checkpoint, amp, run, args.visualize)
 
-    images = load_images(checkpoint, args.data, args.data_root, args.split)
+    split = args.split or ("val" if options.get("validate") else "test")
+    images = load_images(checkpoint, args.data, args.data_root, split)
     gallery = None
     if args.visualize:
         from explore.gallery import Gallery
         gallery = Gallery(model, images)
     rank, world = data.start_processes(next(model.parameters()).device)
     metrics = evaluate(model, images.folder, options["image_size"], args.batch_size, args.workers,
-                       amp, seed, args.split, recipe_of(options), gallery)
+                       amp, seed, split, recipe_of(options), gallery)
     if world > 1:
         dist.destroy_process_group()
     if rank > 0:
         return
-    name = "metrics.json" if args.split == "test" else "metrics_val.json"
+    name = "metrics.json" if split == "test" else "metrics_val.json"
     data.save(run / name, json.dumps(metrics, indent=1) + "\n")
     data.say(table(metrics))
     if gallery:

@@ -72,8 +72,9 @@ def prototype_attention_reference(x, prototypes, bias, bias_after_softmax=True, 
         _, _, a, won = _attend(seen, q, b, bias_after_softmax, smoothing)
         region = torch.where(won, a, 0)  # r (B, N, K)
         mass = region.sum(1)  # (B, K)
-        mean = region.mT @ patches / torch.where(mass > 0, mass, 1)[..., None]
-        pooled = torch.where(mass[..., None] > 0, mean, 0)  # an empty region has no gradient
+        empty = mass[..., None] == 0
+        mean = region.mT @ patches / torch.where(empty, 1, mass[..., None])
+        pooled = torch.where(empty, 0, mean)  # an empty region has no gradient
     return a.mT.contiguous(), pooled.to(x.dtype), mass
 
 # --- 2. The forward in Triton ---------------------------------------------------------------------
@@ -224,7 +225,10 @@ def backward_reference(dA, dP, dm, x, prototypes, bias, attention, pooled, mass,
         dx = (won * a * inverse) @ dP
         if not detach_maps:
             dx = dx + 2 * dl @ q
-    gradients = dx.to(x.dtype), dq.to(prototypes.dtype), db.to(bias.dtype).contiguous()
+    dx = dx.to(x.dtype)
+    dq = dq.to(prototypes.dtype)
+    db = db.to(bias.dtype).contiguous()
+    gradients = dx, dq, db
     return tuple(g if want else g.new_empty(0) for g, want in zip(gradients, needed))
 
 # --- 4. The backward in Triton --------------------------------------------------------------------

@@ -1842,6 +1842,10 @@ def test_gradients_are_clipped_and_val_is_every_fourth_image(birds, tmp_path, mo
     assert norms == [2.0] and set(autocast) == {amp == "--amp"}
     assert protocol["split"] == "val" and protocol["images"] == 12
     assert torch.load(tmp_path / "last.pt", weights_only=True)["images"] == 36
+    written = (tmp_path / "metrics_val.json").rename(tmp_path / "then.json").read_bytes()
+    evaluate.main(["--ckpt", str(tmp_path / "last.pt")])  # not on the test images, unasked
+    assert (tmp_path / "metrics_val.json").read_bytes() == written
+    assert not (tmp_path / "metrics.json").exists()
 
 
 # ---------------------------------------------------------------- as a user sees it
@@ -1960,9 +1964,8 @@ def documented(birds, uncut, tmp_path_factory):
     write_classes(folder / "FOLDER")
     write_classes(folder / "TARGET")
     Image.new("RGB", (70, 60)).save(folder / "bird.jpg")
-    for name in ("folder_of_images", "DRAWN_BIRD_OR_FOLDER"):
-        (folder / name).mkdir()
-        shutil.copy(folder / "bird.jpg", folder / name)
+    (folder / "folder_of_images").mkdir()
+    shutil.copy(folder / "bird.jpg", folder / "folder_of_images")
     test_prepare.write_release(folder / "SOURCE")
     torch.save(tiny_backbone().state_dict(), folder / "FILE.pth")
     return folder

@@ -63,7 +63,7 @@ class Options:
     # data and run
     data: str = option("toy", "toy (drawn birds), cub (CUB-200-2011) or a folder: see data.py")
     data_root: str = option(None, "folder that holds the data set, or where to put it")
-    out: str = option(None, "folder of the run (runs/DATA)")
+    out: str = option(None, "folder of the run (runs/DATA, runs/DATA_METHOD)")
     resume: bool = option(False, "go on after the last finished epoch of the run in --out, with "
                           "its options; only the machine and a larger --epochs may be typed")
     overwrite: bool = option(False, "replace the run in --out")
@@ -536,8 +536,6 @@ def train(args):
         data.say(f"\n{evaluate.table(metrics)}\n")
         next_step = ["python", "evaluate.py", "--ckpt", str(last)]
         next_step += ["--visualize", str(out / "pictures")]
-        if args.validate:
-            next_step += ["--split", "val"]
         data.say(shlex.join(next_step))
     return metrics
 

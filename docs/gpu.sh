@@ -11,7 +11,11 @@
 # log of every run there, in one archive. "paper" leaves its weights, the GPU's load and the run; the
 # epochs' seconds are in its log.jsonl, those of the steps alone in the text of "step".
 set -uo pipefail
-piece=$1 out=$2
+case "${1:-}" in
+    kernel | step | train | paper) ;;
+    *) echo "usage: see the top of $0" >&2; exit 2 ;;
+esac
+piece=$1 out=${2:?the folder OUT}
 mkdir -p "$out"
 
 kernel() {

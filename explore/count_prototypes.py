@@ -26,10 +26,11 @@ def count_clusters(e, seed):
 
 
 def halves_agree(e, K, seed):
-    """Whether each of the K clusters in the first half of e (n, D) is one in the second half, too.
+    """Whether each of K clusters of the first half of e (n, D) matches one of the second half.
 
-    Two clusters are one if more than half of the patches in either are in both. Hennig (2007) calls
-    a cluster with a lower Jaccard index dissolved.
+    All patches are assigned to both clusterings. Two clusters match if more than half of the
+    patches in either are in both. Hennig (2007) calls a cluster with a lower Jaccard index
+    dissolved.
     """
     half = len(e) // 2
     members = []  # of the clusters of each half, (n, K)

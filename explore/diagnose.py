@@ -6,8 +6,8 @@
     prototype  mean length of the prototypes
     moved      their mean distance from the noise as which they started (--start noise)
     log gap    median gap between the two largest log shares of a patch: near 0, it is undecided
-    concepts   how many win a patch of an image, on average
-    bias std   standard deviation of the spatial bias; bias max: its largest size
+    concepts   how many win at least one patch, mean over the images
+    bias std   standard deviation of the spatial bias; bias max: its largest absolute value
 """
 import sys
 from pathlib import Path

@@ -1,8 +1,9 @@
-"""Other methods than IVPT, on the same ViT. One file a family, one class a method.
+"""Methods other than IVPT, on the same ViT. One file a family, one class a method.
 
 To add a method, derive a class from model.Method, which says what train.py, evaluate.py and
-explore/ ask of it, and name the class in METHODS. A method that changes an idea of IVPT derives
-from model.IVPT, as VPTDeepPrototypes does.
+explore/ ask of it, and add it to METHODS. It is built as CLASS(backbone, num_classes), with those
+of IVPT.arguments that it accepts. A method that changes an idea of IVPT derives from model.IVPT,
+as VPTDeepPrototypes does.
 """
 from methods.parts import Parts
 from methods.prompt_cam import PromptCAM

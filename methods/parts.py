@@ -28,8 +28,8 @@ class Clusters(nn.Module):
         a_k = softmax over k of -|e - q_k|^2 / (2 sqrt(D))       e = relative(patches)
 
     A concept's feature is the mean of the patches themselves over its region, weighted by a_k. It
-    is whitened: over the training images a concept's features have mean 0, and a covariance near
-    I. So a vote can follow what varies little.
+    is whitened by the training images: its mean is subtracted, and directions of small variance are
+    scaled up, so that a vote can follow them.
     """
 
     def __init__(self, K, width, grid, num_classes):
@@ -52,7 +52,8 @@ class Clusters(nn.Module):
     def relative(self, patches):
         """Their directions less the mean over the image's object, at that length again.
 
-        The object is the set of patches nearer to the mean of objects than to that of all else.
+        The object is the set of patches nearer to the mean of objects than to that of all else. If
+        it is empty, nothing is subtracted.
         """
         e = self.directions(patches)
         nearest = torch.cdist(e, self.means).argmin(2, keepdim=True)
@@ -65,7 +66,8 @@ class Clusters(nn.Module):
     def forward(self, patches):
         """patches (B, N, D) -> attention (B, K, N), features of the concepts (B, K - 1, D).
 
-        An empty region's feature is 0, here and where the whitening is measured.
+        An empty region's feature is 0, here and where the whitening is measured. So the vote of a
+        concept that is absent is a constant.
         """
         D = patches.shape[2]
         with torch.autocast(patches.device.type, enabled=False):
@@ -74,8 +76,10 @@ class Clusters(nn.Module):
             distances = torch.cdist(e, self.prototypes).square()  # (B, N, K)
             logits = -distances / (2 * D ** 0.5)
             a = logits.softmax(2).transpose(1, 2)
-            won = F.one_hot(a.argmax(1), a.shape[1]).mT  # by the first of the largest
-            region = (won * a)[:, :-1]  # of the concepts
+            K = a.shape[1]
+            won = F.one_hot(a.argmax(1), K).mT  # by the first of the largest
+            region = won * a
+            region = region[:, :-1]  # of the concepts
             mass = region.sum(2, keepdim=True)  # (B, K - 1, 1)
             features = region @ patches / mass.clamp_min(1e-30)
         return a, features
@@ -94,9 +98,11 @@ class Clusters(nn.Module):
         self.feature_mean.copy_(mean)
         identity = torch.eye(mean.shape[1]).to(mean)
         for k, centre in enumerate(mean):
-            covariance = second_moment[k] - torch.outer(centre, centre)
+            squares = torch.outer(centre, centre)
+            covariance = second_moment[k] - squares
             variance = covariance.diagonal().mean()
             if variance < 1e-8:  # a concept without patches has no vote
+                self.whitening[k] = 0
                 continue
             shrunk = (1 - shrinkage) * covariance
             shrunk += shrinkage * variance * identity
@@ -133,8 +139,9 @@ class Parts(Method):
             raise ValueError(f"image size {backbone.image_size}: {backbone.grid} patches, "
                              "expected at least 3 a side")
         self.prototypes = tuple(prototypes)
+        D = backbone.width
         self.layers = nn.ModuleList(
-            Clusters(K, backbone.width, backbone.grid, num_classes) for K in self.prototypes)
+            Clusters(K, D, self.grid, num_classes) for K in self.prototypes)
         # Of every fine concept, layer by layer, the coarse one to which it belongs: below G.
         num_fine = [K - 1 for K in self.prototypes[:-1]]
         parents = torch.zeros(sum(num_fine), dtype=torch.long)
@@ -193,7 +200,9 @@ class Parts(Method):
                 products = torch.einsum("bkd,bke->kde", features, features)
                 total["features"] += features.sum(0)
                 total["products"] += products
-                owners.append(F.one_hot(a.argmax(1), a.shape[1]).float())
+                K = a.shape[1]
+                owner = F.one_hot(a.argmax(1), K)
+                owners.append(owner.float())
             for owner, total in zip(owners, totals):
                 shared = torch.einsum("bnk,bng->kg", owner, owners[-1])
                 total["shared"] += shared  # (K, G + 1), numbers of patches
@@ -207,8 +216,8 @@ class Parts(Method):
         self.parents.copy_(torch.cat(parents)[:len(self.parents)])  # the last layer has none
 
     def sample_regions(self, dataset, seed):
-        """Objects are found in directions. Their means, which this sets, make patches relative: a
-        second sample."""
+        """Objects are found in directions. Their means, which this sets, make the same patches
+        relative, in a second pass."""
         def directions(l, patches):
             return self.layers[l].directions(patches)
 

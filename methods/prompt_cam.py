@@ -14,7 +14,7 @@ from model import Output, to_float32
 
 
 class PromptCAM(VPTDeep):
-    """Prompt-CAM-Deep: VPT-Deep whose last block has a prompt for each class, which scores it.
+    """Prompt-CAM-Deep: VPT-Deep whose last block has one prompt per class, which yields its score.
 
         [x_l, _] = block_l([x_{l-1}, P_{l-1}])     before the last block, l < L
         [_, Z] = block_L([x_{L-1}, P])             logit of class c = w . norm(z_c) + b

@@ -69,7 +69,7 @@ class ClassPrototypes(Method):
 
     All four methods differ from their papers. Those train a CNN as well; our ViT is frozen. Their
     add-on layers end in a sigmoid, which leaves all z in one corner of the space. ProtoPNet and
-    ProtoPool take the logarithm of a distance. Neither trains well on frozen patches; one linear
+    ProtoPool take the logarithm of a distance. Neither trains well on frozen patches: one linear
     layer, the cosine and a scale do. In the papers Clst weighs 0.8; 0.2 classifies better here.
     """
 
@@ -115,19 +115,20 @@ class ClassPrototypes(Method):
         return Output(logits, concept_logits, [maps], [], [], features)
 
     def parameter_groups(self, args):
-        learners = [*self.add_on.parameters(), self.vectors, self.log_scale]
+        trained = [*self.add_on.parameters(), self.vectors, self.log_scale]
         return [
             dict(params=[self.last], lr=args.lr),
-            dict(params=learners, lr=args.lr_prototypes)]
+            dict(params=trained, lr=args.lr_prototypes)]
 
 
 # ---------------------------------------------------------------- ProtoPNet
 
 class ProtoPNet(ClassPrototypes):
-    """ProtoPNet, in the three stages of its section 2.2. Stage 2 here is its third.
+    """ProtoPNet, in the three stages of its section 2.2: 1, the projection, and our stage 2.
 
-        1. A, s and the prototypes are trained: cross entropy + 0.2 Clst + 0.08 Sep, with the
-           squared distance |z - p|^2 = 2 - 2 cos(z, p) of unit vectors.
+        similarity_j = s cos(A e, p_j)        logits = W max over patches of similarity
+        1. A, s and the prototypes are trained, W is fixed at 1 to the own class and -1/2 to others:
+           cross entropy + 0.2 Clst + 0.08 Sep, with |z - p|^2 = 2 - 2 cos(z, p) of unit vectors.
         Then every prototype is projected onto the nearest patch of its class's training images.
         2. In the last five epochs, or half of a run below ten, W, A and s are trained: cross
            entropy + 1e-4 sum |W to other classes|. A prototype stays on its patch e_p: p = A e_p.
@@ -188,10 +189,10 @@ class ProtoPNet(ClassPrototypes):
         if epoch + 1 == self.first_stage(epochs):
             self.project(dataset, self.own.bool())
         if epoch + 1 >= self.first_stage(epochs):
-            self.vectors.copy_(self.add_on(self.sources))  # a loaded model reads vectors
+            self.vectors.copy_(self.add_on(self.sources))  # a loaded model reads these: stage 1
 
     def project(self, dataset, own):
-        """Makes e_p the patch nearest to a prototype in its class's images: one can look at it.
+        """Makes e_p the patch nearest to a prototype in the images of the classes that own it.
 
         own (C, P): which prototypes a class owns. One that is nobody's, or whose class has no
         images, has e_p = 0.
@@ -302,9 +303,11 @@ def peak_cosines(e, peaks):
 
 
 class Huang(ClassPrototypes):
-    """Huang et al.: TesNet without subspace separation, projection and stage 2.
+    """Huang et al. (Evaluation and Improvement of Interpretability, ICCV 2023): one stage.
 
-        Score aggregation: W_cj = m softmax_j(w_c) to the own class, 0 to others; w is learnt.
+        similarity_j = s cos(A e, p_j)        logits = W max over patches of similarity
+        Score aggregation: W_cj = m softmax_j(w_c) to the own class, 0 to others. At its program's
+        rate of 1e-6 w stays near 0, and W near 1.
         Loss: cross entropy + 0.2 Clst + 0.08 Sep, both with the distance -cos(z, p)
               + 1e-4 orthonormality + 0.3 shallow-deep feature alignment
 
@@ -350,11 +353,11 @@ class Huang(ClassPrototypes):
 # ---------------------------------------------------------------- ProtoPool
 
 def owned_by_slots(q):
-    """q (C, m, P) -> bool (C, P): a class owns the m prototypes of which its slots take most."""
+    """q (C, m, P) -> bool (C, P): a class owns the m prototypes with the largest sum of q."""
     shares = q.detach().sum(1)  # (C, P)
     largest = shares.topk(q.shape[1], dim=1).indices
     own = torch.zeros_like(shares).scatter(1, largest, 1.0)
-    return (own * shares).bool()  # fewer than m where slots take the same
+    return (own * shares).bool()  # fewer than m where slots chose the same one
 
 
 def slot_similarity(q):
@@ -440,7 +443,7 @@ class ProtoPool(ProtoPNet):
     @torch.no_grad()
     def after_epoch(self, epoch, epochs, dataset):
         if epoch + 1 == self.first_stage(epochs):
-            self.eval()  # slots are one-hot
+            self.eval()  # so that assignment() is one-hot
             self.project(dataset, owned_by_slots(self.assignment()))
         if epoch + 1 >= self.first_stage(epochs):
             self.vectors.copy_(self.add_on(self.sources))

@@ -5,8 +5,8 @@
     python train.py --method e2vpt             # more keys and values, fewer prompts: 2307.13770
     python train.py --method gated-vpt         # the same prompts in all blocks, gated: 2306.05067
 
-Letters in shapes are those of model.py. Here G is the number of prompts of a block, J that of all
-keys that it attends to: of tokens, prompts and, in E2VPT, R. Equations count blocks from 1 to L as
+Letters in shapes are those of model.py. Here G is the number of prompts of a block, J that of its
+keys: tokens, prompts and, in E2VPT, R. Equations count blocks from 1 to L as
 the papers do, code from 0: block_l is blocks[l - 1], and P_{l-1}, which it gets, is prompts[l - 1].
 """
 import math
@@ -22,7 +22,7 @@ from model import IVPT, PROTOTYPES, Method, Output, to_float32
 # ---------------------------------------------------------------- what the methods share
 
 def new_prompts(num_blocks, num_prompts, backbone):
-    """Prompts (blocks, G, D), uniform, with the variance of Xavier's start of a patch embedding."""
+    """Prompts (blocks, G, D), uniform within Xavier's bound of a patch embedding."""
     fan_in = 3 * backbone.patch_size ** 2
     bound = math.sqrt(6 / (fan_in + backbone.width))
     prompts = torch.empty(num_blocks, num_prompts, backbone.width)
@@ -176,17 +176,17 @@ class VPTDeepPrototypes(IVPT):
         self.free_prompts = new_prompts(len(backbone.blocks), num_prompts, backbone)
         nn.init.normal_(self.concepts[0].prototypes, std=0.01)
 
-    sample_regions = Method.sample_regions  # its prototypes are no clusters, but noise at first
+    sample_regions = Method.sample_regions  # prototypes start as noise: there are no clusters
 
     def start(self, dataset, args):
         """Nothing: prototypes are noise already."""
 
     def unprompted(self, images):
-        """images -> tokens (B, T, D) before the concept layer; no concept, but free prompts."""
+        """images -> tokens (B, T, D) before the concept layer, prompted by free prompts alone."""
         return run_blocks(images, self.backbone, self.free_prompts)
 
     def losses(self, images, labels, theta):
-        """Of IVPT's losses those with a weight."""
+        """IVPT's losses that have a weight."""
         all_losses, logits = super().losses(images, labels, theta)
         losses = {}
         for name, weight in self.loss_weights.items():
@@ -311,7 +311,7 @@ class GatedVPT(VPTDeep):
 
     P_0 is learnt, and so are the gate and the temperature t_l of every block. Gates start at -5,
     so prompts reach all blocks almost as they are; a gate opens where a block should change them.
-    t_l starts at 1, is clamped to 0.01 to 10 where it is used, and holds for all tokens of the
+    t_l starts at 1, is clamped to [0.01, 10] where it is used, and holds for all tokens of the
     block, as in the authors' program. The last block has no gate, as its prompts are not used.
 
     A map is the gate times the attention: what a prompt takes in from a patch. Where a gate stays
