@@ -18,7 +18,6 @@ import kernels
 import model as ivpt
 import train
 from explore import bench, count_prototypes, diagnose, explain, gallery
-from methods import METHODS
 from prepare import toy_birds, toy_vit
 
 
@@ -286,8 +285,8 @@ def new_run(birds, folder, *words):
     return model.eval(), path
 
 
-@pytest.mark.parametrize("method", ["ivpt", *METHODS])
-def test_every_method_is_drawn_and_explained(method, birds, tmp_path, capsys):
+@pytest.mark.parametrize("method", ["ivpt", "parts", "vpt-deep", "protopnet"])
+def test_methods_are_drawn_and_explained(method, birds, tmp_path, capsys):
     model, ckpt = new_run(birds, tmp_path, "--method", method)
     gallery.main(["--ckpt", str(ckpt), "--strip", str(tmp_path / "strip.jpg"), "--images", "1"])
     assert Image.open(tmp_path / "strip.jpg").size == (61 * (1 + len(model.prototypes)) + 5, 66)
@@ -298,8 +297,7 @@ def test_every_method_is_drawn_and_explained(method, birds, tmp_path, capsys):
     assert len([line for line in lines if " %  " in line]) == 5  # the likeliest classes
     has_votes = any("votes for the first class" in line for line in lines)
     assert has_votes != any("no votes" in line for line in lines)
-    assert has_votes == (method in ("ivpt", "parts", "vpt-deep-proto", "protopnet", "huang",
-                                    "tesnet", "protopool"))
+    assert has_votes == (method != "vpt-deep")
 
 
 @pytest.mark.parametrize("start", ["noise", "clusters"])
