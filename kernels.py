@@ -419,6 +419,6 @@ def prototype_attention(x, prototypes, bias, bias_after_softmax=True, *,
     if not x.is_cuda:
         return prototype_attention_reference(x, prototypes, bias, bias_after_softmax,
                                              smoothing=smoothing, detach_maps=detach_maps)
-    if x.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+    if _fused(x) and x.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
         x = x.to(torch.get_autocast_dtype("cuda"))
     return _op(x, prototypes, bias, bias_after_softmax, float(smoothing), detach_maps)

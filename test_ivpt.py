@@ -521,6 +521,23 @@ def test_a_checkpoint_holds_the_whole_model_and_needs_no_other_file(tune, tmp_pa
             ivpt.load_checkpoint(last)
 
 
+def test_weights_that_a_method_shares_are_shared_again_when_it_is_loaded(tmp_path, monkeypatch):
+    class Tied(ivpt.IVPT):
+        def __init__(self, *inputs, **options):
+            super().__init__(*inputs, **options)
+            self.twin = nn.Linear(128, 3, bias=False)
+            self.twin.weight = self.classifier.weight
+
+    monkeypatch.setattr(ivpt, "find_method", lambda name: Tied)
+    options = asdict(train.parse(["--weights", "toy"])) | dict(image_size=70)
+    model = ivpt.build(options, 3, tiny_backbone())
+    data.save(tmp_path / "last.pt", dict(options=options, classes=["a", "b", "c"],
+                                         model=model.state_dict()))
+    loaded, _ = ivpt.load_checkpoint(tmp_path / "last.pt")
+    assert loaded.twin.weight is loaded.classifier.weight
+    assert torch.equal(loaded.twin.weight, model.twin.weight)
+
+
 # ---------------------------------------------------------------- kernels: the reference alone
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton cannot be imported here")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -1730,9 +1747,10 @@ def log_of(run):
 
 
 def assert_same_run(a, b):
-    models = [torch.load(run / "last.pt", weights_only=True)["model"] for run in (a, b)]
-    for name, value in models[0].items():
-        assert torch.equal(value, models[1][name]), name
+    first, second = (torch.load(run / "last.pt", weights_only=True) for run in (a, b))
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+    assert first["scheduler"] == second["scheduler"]
     assert log_of(a) == log_of(b)
     assert (a / "metrics.json").read_bytes() == (b / "metrics.json").read_bytes()
 
@@ -1802,6 +1820,7 @@ def test_overwrite_forgets_the_old_run_at_once(birds, uncut, tmp_path, monkeypat
         train.train(tiny_run(birds, run, "--overwrite"))
     assert sorted(p.name for p in run.iterdir()) == ["config.json", "log.jsonl"]
     assert log_of(run) == []
+    assert train.open_run_folder(tiny_run(birds, run)) == run  # without a checkpoint it is no run
 
 
 def test_a_bad_step_is_skipped_and_three_stop_the_run(birds, tmp_path, monkeypatch, capsys):
