@@ -337,6 +337,7 @@ class Method(nn.Module):
     accepts = ()            # which of IVPT's options it takes; typing another one is an error
     class_specific = False  # every class has prototypes of its own
     has_stages = False      # after_epoch changes weights; then --resume must not change --epochs
+    augmented = True        # it learns from the training view; else from the test view
 
     def __init__(self, backbone):
         super().__init__()

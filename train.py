@@ -447,6 +447,8 @@ def train(args):
     else:
         model = new_model(args, dataset, device)
         model.start(unaugmented, args)
+    if not model.augmented:
+        dataset.view = "test"
     optimizer, scheduler = make_optimizer(model, args)
     if args.resume:
         optimizer.load_state_dict(checkpoint["optimizer"])
