@@ -215,17 +215,21 @@ class VisionTransformer(nn.Module):
         """Tokens (B, T, D) of any block -> its patches (B, N, D) after the ViT's last norm."""
         return self.norm(tokens[:, self.prefix:])
 
-    def last_patches(self, images, num_layers):
-        """images -> normed patches (B, N, D) before each of the last num_layers - 1 blocks, and
-        after the last: what the concept layers of IVPT meet where nothing prompts."""
+    def last_tokens(self, images, num_layers):
+        """images -> normed tokens (B, T, D) before each of the last num_layers - 1 blocks, and
+        after the last block: where the concept layers of IVPT stand, if nothing prompts."""
         layers = []
         tokens = self.embed(images)
         first = len(self.blocks) - num_layers + 1
         for i, block in enumerate(self.blocks):
             if i >= first:
-                layers.append(self.normed_patches(tokens))
+                layers.append(self.norm(tokens))
             tokens = block(tokens)
-        return [*layers, self.normed_patches(tokens)]
+        return [*layers, self.norm(tokens)]
+
+    def last_patches(self, images, num_layers):
+        """The patches among last_tokens, (B, N, D) each."""
+        return [tokens[:, self.prefix:] for tokens in self.last_tokens(images, num_layers)]
 
 
 # ---------------------------------------------------------------- the concept layer and the fusion

@@ -71,10 +71,12 @@ def concept_votes(values, colours, names):
             concepts.append((name, colour))
     voters = concepts[-len(values):]
     votes = [(name, vote, colour) for (name, colour), vote in zip(voters, values)]
+    further = values[len(voters):]  # of --method parts-cls
     if all_layers and len(votes) > 10:
         votes.sort(key=lambda vote: abs(vote[1]), reverse=True)
         votes, others = votes[:10], votes[10:]
         votes.append((f"all other concepts ({len(others)})", total(others), GREY))
+    votes += [("the cls token, which no region explains", vote, GREY) for vote in further]
     return votes
 
 

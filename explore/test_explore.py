@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn as nn
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -17,7 +18,7 @@ import evaluate
 import kernels
 import model as ivpt
 import train
-from explore import bench, count_prototypes, diagnose, explain, gallery
+from explore import bench, cls_vote, count_prototypes, diagnose, explain, gallery
 from prepare import toy_birds, toy_vit
 
 
@@ -298,6 +299,32 @@ def test_methods_are_drawn_and_explained(method, birds, tmp_path, capsys):
     has_votes = any("votes for the first class" in line for line in lines)
     assert has_votes != any("no votes" in line for line in lines)
     assert has_votes == (method != "vpt-deep")
+
+
+def test_how_much_the_vote_of_cls_decides(birds, tmp_path, capsys):
+    model, ckpt = new_run(birds, tmp_path, "--method", "parts-cls", "--no-amp")
+    nn.init.normal_(model.votes.weight)
+    data.save(ckpt, torch.load(ckpt) | dict(model=model.state_dict()))
+    cls_vote.main(["--ckpt", str(ckpt)])
+    found = [float(number) for number in re.findall(r"([\d.-]+) %", capsys.readouterr().out)]
+    images = data.Images(birds / "birds", "test", "test", 56)
+    right, right_without, margins, shares = 0, 0, 0.0, 0.0
+    for image, label, *_ in images:
+        with torch.no_grad():
+            votes = model(image[None]).concept_logits[0]  # (51, C)
+        right += votes.sum(0).argmax() == label
+        right_without += votes[:50].sum(0).argmax() == label
+        first, second = votes.sum(0).argsort(descending=True)[:2]
+        margins += votes[:, first].sum() - votes[:, second].sum()
+        shares += votes[50, first] - votes[50, second]
+    n = len(images)
+    expected = [100 * right / n, 100 * right_without / n, 100 * shares / margins]
+    assert found == pytest.approx([float(x) for x in expected], abs=0.06)
+    explain.main(["--ckpt", str(ckpt), "--out", str(tmp_path), str(images.files[0])])
+    assert len(re.findall("the cls token, which no region", capsys.readouterr().out)) == 1
+    _, ckpt = new_run(birds, tmp_path, "--method", "parts")
+    with pytest.raises(ValueError, match=r"\A[^\n]*of --method parts, expected parts-cls[^\n]*\Z"):
+        cls_vote.main(["--ckpt", str(ckpt)])
 
 
 @pytest.mark.parametrize("start", ["noise", "clusters"])

@@ -20,26 +20,21 @@ from model import (
 
 
 class Clusters(nn.Module):
-    """The K prototypes of a layer, the background last, and the votes of its K - 1 concepts.
+    """The K prototypes of a layer, the background last.
 
     Prototypes meet patches relative to the object in their image. What all patches of an object
     have in common, such as species and light, is gone; what is left tells its parts. The shares:
 
         a_k = softmax over k of -|e - q_k|^2 / (2 sqrt(D))       e = relative(patches)
 
-    A concept's feature is the mean of the patches themselves over its region, weighted by a_k. It
-    is whitened by the training images: its mean is subtracted, and directions of small variance are
-    scaled up, so that a vote can follow them.
+    A concept's feature is the mean of the patches themselves over its region, weighted by a_k.
     """
 
-    def __init__(self, K, width, grid, num_classes):
+    def __init__(self, K, width, grid):
         super().__init__()
         self.grid = grid
         self.register_buffer("prototypes", torch.zeros(K, width))
         self.register_buffer("means", torch.zeros(2, width))  # directions: of objects, of all else
-        self.register_buffer("feature_mean", torch.zeros(K - 1, width))
-        self.register_buffer("whitening", torch.zeros(K - 1, width, width))
-        self.votes = nn.Parameter(torch.zeros(K - 1, width, num_classes))
 
     def directions(self, patches):
         """Patches (B, N, D), each averaged with its neighbours and brought to length sqrt(D)."""
@@ -84,30 +79,43 @@ class Clusters(nn.Module):
             features = region @ patches / mass.clamp_min(1e-30)
         return a, features
 
-    def vote(self, features):
-        """features (B, K - 1, D) -> the same whitened, and class scores (B, K - 1, C)."""
+
+class Votes(nn.Module):
+    """Every one of V features scores the C classes by weights of its own.
+
+    Features are whitened by the training images: the mean of each is subtracted, and its directions
+    of small variance are scaled up, so that a vote can follow them.
+    """
+
+    def __init__(self, V, width, num_classes):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(V, width))
+        self.register_buffer("whitening", torch.zeros(V, width, width))
+        self.weight = nn.Parameter(torch.zeros(V, width, num_classes))
+
+    def forward(self, features):
+        """features (B, V, D) -> the same whitened, and class scores (B, V, C)."""
         with torch.autocast(features.device.type, enabled=False):
-            centred = features - self.feature_mean
-            z = torch.einsum("bkd,kde->bke", centred, self.whitening)
-            scores = torch.einsum("bkd,kdc->bkc", z, self.votes)
+            z = torch.einsum("bvd,vde->bve", features - self.mean, self.whitening)
+            scores = torch.einsum("bvd,vdc->bvc", z, self.weight)
         return z, scores
 
     def whiten(self, mean, second_moment, shrinkage):
-        """Sets the whitening from the mean (K - 1, D) and the second moment (K - 1, D, D) of the
-        features. shrinkage: of the covariance, towards its mean variance times I."""
-        self.feature_mean.copy_(mean)
+        """Sets the whitening from the mean (V, D) and the second moment (V, D, D) of the features.
+        shrinkage: of the covariance, towards its mean variance times I."""
+        self.mean.copy_(mean)
         identity = torch.eye(mean.shape[1]).to(mean)
-        for k, centre in enumerate(mean):
+        for v, centre in enumerate(mean):
             squares = torch.outer(centre, centre)
-            covariance = second_moment[k] - squares
+            covariance = second_moment[v] - squares
             variance = covariance.diagonal().mean()
             if variance < 1e-8:  # a concept without patches has no vote
-                self.whitening[k] = 0
+                self.whitening[v] = 0
                 continue
             shrunk = (1 - shrinkage) * covariance
             shrunk += shrinkage * variance * identity
             values, vectors = torch.linalg.eigh(shrunk)
-            self.whitening[k] = vectors / values.clamp_min(1e-8).sqrt()
+            self.whitening[v] = vectors / values.clamp_min(1e-8).sqrt()
 
 
 def to_length(x):
@@ -129,6 +137,7 @@ class Parts(Method):
     augmented = False  # turned and shifted training views cost 3 points of accuracy
     decay = 0.5  # of the votes
     shrinkage = 0.1  # of a covariance, towards its mean variance times I
+    cls_votes = False
 
     def __init__(self, backbone, num_classes, prototypes=PROTOTYPES):
         super().__init__(backbone)
@@ -141,26 +150,36 @@ class Parts(Method):
                              "expected at least 3 a side")
         self.prototypes = tuple(prototypes)
         D = backbone.width
-        self.layers = nn.ModuleList(
-            Clusters(K, D, self.grid, num_classes) for K in self.prototypes)
+        self.layers = nn.ModuleList(Clusters(K, D, self.grid) for K in self.prototypes)
+        V = sum(K - 1 for K in self.prototypes)
+        self.votes = Votes(V + self.cls_votes, D, num_classes)
         # Of every fine concept, layer by layer, the coarse one to which it belongs: below G.
-        num_fine = [K - 1 for K in self.prototypes[:-1]]
-        parents = torch.zeros(sum(num_fine), dtype=torch.long)
-        self.register_buffer("parents", parents)
+        num_fine = sum(K - 1 for K in self.prototypes[:-1])
+        self.register_buffer("parents", torch.zeros(num_fine, dtype=torch.long))
+
+    def read(self, images):
+        """images -> attention (B, K, N) of each layer, the features (B, V, D) that vote."""
+        tokens = self.backbone.last_tokens(images, len(self.layers))
+        attention, features = [], []
+        for layer, t in zip(self.layers, tokens):
+            a, means = layer(t[:, self.backbone.prefix:])
+            attention.append(a)
+            features.append(means)
+        if self.cls_votes:
+            cls = tokens[-1][:, :1]
+            features.append(to_float32(cls))
+        return attention, torch.cat(features, dim=1)
 
     def forward(self, images, labels=None):
         """images (B, 3, S, S) -> Output: one forward of the frozen ViT, and the votes."""
-        attention, scores = [], []
-        patches = self.backbone.last_patches(images, len(self.layers))
-        for layer, e in zip(self.layers, patches):
-            a, features = layer(e)
-            z, votes = layer.vote(features)
-            attention.append(a.unflatten(2, self.grid))
-            scores.append(votes)
-        concept_logits = torch.cat(scores, dim=1)  # (B, V, C)
+        attention, features = self.read(images)
+        z, concept_logits = self.votes(features)  # (B, V, D), (B, V, C)
         logits = concept_logits.mean(1)
+        maps = [a.unflatten(2, self.grid) for a in attention]
+        G = self.prototypes[-1] - 1
         groups = self.groups(len(images))
-        return Output(logits, concept_logits, attention, groups, [], z)
+        first = len(self.parents)  # of the last layer's concepts
+        return Output(logits, concept_logits, maps, groups, [], z[:, first:first + G])
 
     def groups(self, B):
         """For each layer but the last (B, K - 1, G): one-hot, the same for every image."""
@@ -177,8 +196,7 @@ class Parts(Method):
         return {"classification": loss, "loss": loss}, logits
 
     def parameter_groups(self, args):
-        votes = [layer.votes for layer in self.layers]
-        return [dict(params=votes, lr=args.lr, weight_decay=self.decay)]
+        return [dict(params=[self.votes.weight], lr=args.lr, weight_decay=self.decay)]
 
     # ---- before the first step
     @torch.no_grad()
@@ -189,32 +207,29 @@ class Parts(Method):
             K = len(layer.prototypes)
             layer.prototypes.copy_(cluster_prototypes(*regions, K, args.seed))
 
-        totals = [dict(features=0.0, products=0.0, shared=0.0) for _ in self.layers]
+        total, products = 0.0, 0.0  # of the features
+        shared = [0.0 for _ in self.layers]  # patches of a concept and one of the last layer
         for images, *_ in DataLoader(dataset, 16):
             images = images.to(self.parents.device)
             with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
-                patches = self.backbone.last_patches(images, len(self.layers))
+                attention, features = self.read(images)
+            features = features.double()
+            total += features.sum(0)
+            products += torch.einsum("bvd,bve->vde", features, features)
             owners = []  # (B, N, K), one-hot: whose each patch is
-            for layer, e, total in zip(self.layers, patches, totals):
-                a, features = layer(e)
-                features = features.double()
-                products = torch.einsum("bkd,bke->kde", features, features)
-                total["features"] += features.sum(0)
-                total["products"] += products
-                K = a.shape[1]
-                owner = F.one_hot(a.argmax(1), K)
+            for a in attention:
+                owner = F.one_hot(a.argmax(1), a.shape[1])
                 owners.append(owner.float())
-            for owner, total in zip(owners, totals):
-                shared = torch.einsum("bnk,bng->kg", owner, owners[-1])
-                total["shared"] += shared  # (K, G + 1), numbers of patches
+            for l, owner in enumerate(owners):
+                shared[l] += torch.einsum("bnk,bng->kg", owner, owners[-1])
 
         n = len(dataset)
-        parents = []
-        for layer, total in zip(self.layers, totals):
-            mean = total["features"] / n
-            layer.whiten(mean, total["products"] / n, self.shrinkage)
-            parents.append(total["shared"][:-1, :-1].argmax(1))
-        self.parents.copy_(torch.cat(parents)[:len(self.parents)])  # the last layer has none
+        self.votes.whiten(total / n, products / n, self.shrinkage)
+        if self.cls_votes:
+            self.votes.whitening[-1] *= len(self.votes.mean) / len(self.layers)
+        parents = [counts[:-1, :-1].argmax(1) for counts in shared[:-1]]
+        if parents:
+            self.parents.copy_(torch.cat(parents))
 
     def sample_regions(self, dataset, seed):
         """Objects are found in directions. Their means, which this sets, make the same patches
@@ -237,3 +252,14 @@ class Parts(Method):
         del layers, e  # large
         layers, _ = sample(relative)
         return [(e, *mask) for e, mask in zip(layers, masks)]
+
+
+class PartsAndCls(Parts):
+    """Parts with a further vote, of the cls token, which no region explains.
+
+    It is the last of concept_logits (B, V, C), and weighs as much as the concepts of a layer do
+    together. explore/explain.py shows it apart from theirs; explore/cls_vote.py says how much of
+    all decisions it makes, and how accurate the concepts' votes are without it.
+    """
+
+    cls_votes = True

@@ -536,10 +536,10 @@ def birds_in_the_middle(n=24, generator=torch.Generator().manual_seed(0)):
     return [(image, i % 3) for i, image in enumerate(images)]
 
 
-def started_parts(**changes):
+def started_parts(method="parts", **changes):
     torch.manual_seed(0)
     backbone = ivpt.load_backbone("toy", 40)
-    model = METHODS["parts"](backbone, 3, prototypes=(4, 3, 3))
+    model = METHODS[method](backbone, 3, prototypes=(4, 3, 3))
     for name, value in changes.items():
         setattr(model, name, value)
     dataset = birds_in_the_middle()
@@ -549,7 +549,7 @@ def started_parts(**changes):
 
 def test_parts_shares_and_features_patch_by_patch():
     torch.manual_seed(0)
-    layer, patches = parts.Clusters(3, 64, (3, 4), num_classes=2), torch.randn(2, 12, 64)
+    layer, patches = parts.Clusters(3, 64, (3, 4)), torch.randn(2, 12, 64)
     layer.prototypes.normal_()
     layer.means.copy_(layer.directions(patches).mean(0)[[0, -1]])  # so both win some patches
     for e, a, features in zip(patches, *layer(patches)):
@@ -595,38 +595,37 @@ def test_parts_are_clusters_of_the_object_and_whiten_what_they_pool():
         mean = e[foreground][nearest == k].mean(0)
         torch.testing.assert_close(centres[k], mean, atol=1e-2, rtol=1e-2)
     torch.testing.assert_close(centres[-1], e[background].mean(0), atol=1e-4, rtol=1e-4)
-    for layer, patches in zip(model.layers, layers):
-        z, _ = layer.vote(layer(patches)[1])  # (24, K - 1, D)
-        torch.testing.assert_close(z.mean(0), torch.zeros_like(z[0]), atol=0.02, rtol=0)
-        spread = torch.linalg.svdvals(z.transpose(0, 1)).square() / 24  # of 23 directions, D 128
-        assert (spread[:, :20] - 1).abs().max() < 0.05
+    features = torch.cat([layer(patches)[1] for layer, patches in zip(model.layers, layers)], 1)
+    z, _ = model.votes(features)  # (24, V, D)
+    torch.testing.assert_close(z.mean(0), torch.zeros_like(z[0]), atol=0.02, rtol=0)
+    spread = torch.linalg.svdvals(z.transpose(0, 1)).square() / 24  # of 23 directions, D 128
+    assert (spread[:, :20] - 1).abs().max() < 0.05
 
 
 def test_parts_shrink_a_covariance_before_they_whiten():
-    layer = parts.Clusters(4, 5, (2, 2), 2)
+    votes = parts.Votes(3, 5, 2)
     x = (torch.randn(3, 50, 5) @ torch.randn(3, 5, 5)).transpose(0, 1)
     x[:, 2] = 0.0  # a concept that wins no patch
     mean, second = x.mean(0), torch.einsum("nkd,nke->kde", x, x) / 50
-    layer.whiten(mean, second, 0.25)
-    assert torch.equal(layer.feature_mean, mean) and not layer.whitening[2].any()
+    votes.whiten(mean, second, 0.25)
+    assert torch.equal(votes.mean, mean) and not votes.whitening[2].any()
     for k in range(2):
         covariance = torch.cov(x[:, k].T, correction=0)
         shrunk = 0.75 * covariance + 0.25 * covariance.diagonal().mean() * torch.eye(5)
-        W = layer.whitening[k]
+        W = votes.whitening[k]
         torch.testing.assert_close(W.T @ shrunk @ W, torch.eye(5), atol=1e-3, rtol=0)
 
 
 def test_parts_vote_by_weights_of_their_own_and_nothing_else_is_trained():
     model, dataset = started_parts()
     images, labels = torch.stack([image for image, _ in dataset[:6]]), torch.arange(6) % 3
-    for layer in model.layers:
-        nn.init.normal_(layer.votes)
+    nn.init.normal_(model.votes.weight)
     with torch.no_grad():
         out = model(images)
     assert out.concept_logits.shape == (6, 3 + 2 + 2, 3) and out.fused == []
     torch.testing.assert_close(out.logits, out.concept_logits.mean(1))
     for g in range(2):  # the last layer's come last
-        score = out.features[:, g] @ model.layers[-1].votes[g]
+        score = out.features[:, g] @ model.votes.weight[5 + g]
         torch.testing.assert_close(out.concept_logits[:, 5 + g], score, atol=1e-4, rtol=1e-4)
     owners = [maps.argmax(1) for maps in model(torch.stack([x for x, _ in dataset])).attention]
     for l, groups in enumerate(out.groups):
@@ -634,7 +633,7 @@ def test_parts_vote_by_weights_of_their_own_and_nothing_else_is_trained():
         for k, group in enumerate(groups[0]):
             shared = [((owners[l] == k) & (owners[2] == g)).sum().item() for g in range(2)]
             assert group.sum() == 1 and shared[group.argmax()] == max(shared)
-    fixed = {n: x.clone() for n, x in model.state_dict().items() if not n.endswith("votes")}
+    fixed = {n: x.clone() for n, x in model.state_dict().items() if n != "votes.weight"}
     optimizer, _ = train.make_optimizer(model, SimpleNamespace(lr=0.1, batch_size=16))
     assert optimizer.param_groups[0]["weight_decay"] == 0.5
     first = None
@@ -650,6 +649,43 @@ def test_parts_vote_by_weights_of_their_own_and_nothing_else_is_trained():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         rounded = model.eval()(images)
     assert all(maps.dtype == torch.float32 for maps in rounded.attention)
+
+
+def test_a_vote_of_cls_beside_those_of_the_parts():
+    model, dataset = started_parts("parts-cls", shrinkage=0.0)
+    images = torch.stack([image for image, _ in dataset])
+    nn.init.normal_(model.votes.weight)
+    out = model(images)
+    assert out.concept_logits.shape == (24, 7 + 1, 3)
+    torch.testing.assert_close(out.logits, out.concept_logits.mean(1))
+    cls = model.backbone(images)[:, 0]
+    z = (cls - cls.mean(0)) @ model.votes.whitening[-1]
+    spread = torch.linalg.svdvals(z).square() / 24  # of 23 directions
+    assert (spread[:20] - (8 / 3) ** 2).abs().max() < 0.05  # eight votes, three layers
+    score = z @ model.votes.weight[-1]
+    torch.testing.assert_close(out.concept_logits[:, -1], score, atol=0.2, rtol=0)  # of 80
+    for g in range(2):
+        score = out.features[:, g] @ model.votes.weight[5 + g]
+        torch.testing.assert_close(out.concept_logits[:, 5 + g], score, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method, view", [("parts", "test"), ("vpt-deep", "train")])
+def test_votes_are_learnt_from_the_test_view(method, view, birds, tmp_path, monkeypatch):
+    seen = []
+
+    def losses(model, images, labels, theta):
+        seen.extend(images)
+        logits = model(images).logits
+        return {"loss": F.cross_entropy(logits, labels)}, logits
+
+    monkeypatch.setattr(METHODS[method], "losses", losses)
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: {})
+    monkeypatch.setattr(evaluate, "table", str)
+    words = ["--data", str(birds), "--method", method, *SMALL, *FEW.get(method, [])]
+    train.train(train.parse([*words, "--epochs", "1", "--out", str(tmp_path)]))
+    images = data.Images(birds, "train", view, 40, seed=42)
+    order = sum(train.epoch_batches(len(images), SimpleNamespace(seed=42, batch_size=16), 0), [])
+    assert torch.equal(torch.stack(seen), torch.stack([images[i][0] for i in order]))
 
 
 # ---------------------------------------------------------------- all
@@ -759,7 +795,7 @@ def test_an_option_that_a_method_does_not_take_is_refused(method):
 
 def test_which_options_of_ivpt_the_methods_take():
     taken = {method: set(cls.accepts) for method, cls in METHODS.items()}
-    assert taken.pop("parts") == {"prototypes"}
+    assert taken.pop("parts") == taken.pop("parts-cls") == {"prototypes"}
     assert taken.pop("vpt-deep-proto") == {
         "bias_after_softmax", "no_bias", "no_regions", "lr_prototypes", "lr_fusion", "lr_bias"}
     assert all(names == {"lr_prototypes"} for names in taken.values())
@@ -789,7 +825,7 @@ def birds(tmp_path_factory):
 
 SMALL = ["--weights", "toy", "--pretrain", "0", "--image-size", "40", "--epochs", "2",
          "--workers", "0", "--device", "cpu"]
-FEW = {"parts": ["--prototypes", "4", "3"]}  # clusters take time
+FEW = dict.fromkeys(["parts", "parts-cls"], ["--prototypes", "4", "3"])  # clusters take time
 
 
 @pytest.mark.parametrize("method", METHODS)
