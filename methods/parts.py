@@ -83,8 +83,8 @@ class Clusters(nn.Module):
 class Votes(nn.Module):
     """Every one of V features scores the C classes by weights of its own.
 
-    Features are whitened by the training images: the mean of each is subtracted, and its directions
-    of small variance are scaled up, so that a vote can follow them.
+    Features are whitened by the training images: the mean of each is subtracted, and directions in
+    which images of a class vary little are scaled up, so that a vote can follow them.
     """
 
     def __init__(self, V, width, num_classes):
@@ -100,20 +100,17 @@ class Votes(nn.Module):
             scores = torch.einsum("bvd,vdc->bvc", z, self.weight)
         return z, scores
 
-    def whiten(self, mean, second_moment, shrinkage):
-        """Sets the whitening from the mean (V, D) and the second moment (V, D, D) of the features.
+    def whiten(self, mean, covariance, shrinkage):
+        """Sets the whitening from the mean (V, D) and the covariance (V, D, D) of the features.
         shrinkage: of the covariance, towards its mean variance times I."""
         self.mean.copy_(mean)
         identity = torch.eye(mean.shape[1]).to(mean)
-        for v, centre in enumerate(mean):
-            squares = torch.outer(centre, centre)
-            covariance = second_moment[v] - squares
-            variance = covariance.diagonal().mean()
+        for v, found in enumerate(covariance):
+            variance = found.diagonal().mean()
             if variance < 1e-8:  # a concept without patches has no vote
                 self.whitening[v] = 0
                 continue
-            shrunk = (1 - shrinkage) * covariance
-            shrunk += shrinkage * variance * identity
+            shrunk = (1 - shrinkage) * found + shrinkage * variance * identity
             values, vectors = torch.linalg.eigh(shrunk)
             self.whitening[v] = vectors / values.clamp_min(1e-8).sqrt()
 
@@ -121,6 +118,18 @@ class Votes(nn.Module):
 def to_length(x):
     """Vectors (..., D) at the length sqrt(D)."""
     return F.normalize(x, dim=-1) * x.shape[-1] ** 0.5
+
+
+def within_classes(sums, squares, counts):
+    """Features of n images: their sums for each class (C, V, D), the sum of f f^T (V, D, D), images
+    of each class (C) -> their mean (V, D), and the covariance within the classes (V, D, D). With
+    less than two images a class it is the covariance of all: one image does not vary."""
+    n = counts.sum()
+    if n < 2 * (counts > 0).sum():
+        sums, counts = sums.sum(0, keepdim=True), n[None]
+    centres = sums / counts.clamp(min=1)[:, None, None]
+    between = torch.einsum("cvd,cve->vde", sums, centres)
+    return sums.sum(0) / n, (squares - between) / n
 
 
 class Parts(Method):
@@ -158,7 +167,8 @@ class Parts(Method):
         self.register_buffer("parents", torch.zeros(num_fine, dtype=torch.long))
 
     def read(self, images):
-        """images -> attention (B, K, N) of each layer, the features (B, V, D) that vote."""
+        """images -> attention (B, K, N) of each layer, the features (B, V, D) that vote: a
+        LayerNorm makes them equally long."""
         tokens = self.backbone.last_tokens(images, len(self.layers))
         attention, features = [], []
         for layer, t in zip(self.layers, tokens):
@@ -168,7 +178,8 @@ class Parts(Method):
         if self.cls_votes:
             cls = tokens[-1][:, :1]
             features.append(to_float32(cls))
-        return attention, torch.cat(features, dim=1)
+        features = torch.cat(features, dim=1)
+        return attention, F.layer_norm(features, features.shape[2:])
 
     def forward(self, images, labels=None):
         """images (B, 3, S, S) -> Output: one forward of the frozen ViT, and the votes."""
@@ -207,15 +218,19 @@ class Parts(Method):
             K = len(layer.prototypes)
             layer.prototypes.copy_(cluster_prototypes(*regions, K, args.seed))
 
-        total, products = 0.0, 0.0  # of the features
+        # Of the features: sums for each class (C, V, D), and of their products (V, D, D).
+        sums, squares, counts = 0.0, 0.0, 0  # and numbers of images (C)
         shared = [0.0 for _ in self.layers]  # patches of a concept and one of the last layer
-        for images, *_ in DataLoader(dataset, 16):
+        num_classes = self.votes.weight.shape[2]
+        for images, labels, *_ in DataLoader(dataset, 16):
             images = images.to(self.parents.device)
             with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
                 attention, features = self.read(images)
             features = features.double()
-            total += features.sum(0)
-            products += torch.einsum("bvd,bve->vde", features, features)
+            is_class = F.one_hot(labels, num_classes).to(features)  # (B, C)
+            sums += torch.einsum("bc,bvd->cvd", is_class, features)
+            squares += torch.einsum("bvd,bve->vde", features, features)
+            counts += is_class.sum(0)
             owners = []  # (B, N, K), one-hot: whose each patch is
             for a in attention:
                 owner = F.one_hot(a.argmax(1), a.shape[1])
@@ -223,11 +238,11 @@ class Parts(Method):
             for l, owner in enumerate(owners):
                 shared[l] += torch.einsum("bnk,bng->kg", owner, owners[-1])
 
-        n = len(dataset)
-        self.votes.whiten(total / n, products / n, self.shrinkage)
+        mean, covariance = within_classes(sums, squares, counts)
+        self.votes.whiten(mean, covariance, self.shrinkage)
         if self.cls_votes:
             self.votes.whitening[-1] *= len(self.votes.mean) / len(self.layers)
-        parents = [counts[:-1, :-1].argmax(1) for counts in shared[:-1]]
+        parents = [patches[:-1, :-1].argmax(1) for patches in shared[:-1]]
         if parents:
             self.parents.copy_(torch.cat(parents))
 
