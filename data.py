@@ -1,7 +1,7 @@
 """The images of IVPT (ICLR 2026, arXiv 2503.06084): CUB-200-2011, drawn birds, or your own.
 
     python data.py --data cub --data-root DIR   # find CUB in DIR, or download it there (1.1 GB)
-    python data.py --data FOLDER                # print what is in a folder and what is skipped
+    python data.py --data FOLDER                # open every image; print what is skipped or damaged
 
 Your folder holds a folder for each class: train/CLASS/IMAGE and test/CLASS/IMAGE (or val/). With
 boxes or parts it has CUB's layout, which read_cub describes. The scripts in prepare/ convert other
@@ -12,7 +12,9 @@ import functools
 import math
 import os
 import re
+import shutil
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -24,10 +26,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as T
+from tqdm import tqdm
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).reshape(3, 1, 1)
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).reshape(3, 1, 1)
@@ -69,10 +72,14 @@ def find(data, data_root=None):
     if data == "toy":
         toy_birds.draw(folder)
         return folder
+    unpacking = root / "CUB_unpacking"
     try:
-        download_and_extract_archive(CUB_URL, root, md5=CUB_MD5)
+        download_and_extract_archive(CUB_URL, root, unpacking, md5=CUB_MD5)
+        (unpacking / folder.name).rename(folder)  # so what is there is whole
     except (OSError, RuntimeError) as error:
         raise OSError(f"{CUB_URL}: {error}; fetch it yourself and put it into {root}") from None
+    finally:
+        shutil.rmtree(unpacking, ignore_errors=True)
     return folder
 
 
@@ -112,7 +119,8 @@ def read_cub(folder):
     split_of = dict(read_list(folder / "train_test_split.txt", 2))
     class_names = dict(read_list(folder / "classes.txt", 2))
     part_names = dict(read_list(folder / "parts/parts.txt", 2))
-    box_of = {key: box for key, *box in read_list(folder / "bounding_boxes.txt", 5)}
+    box_of = {key: box for key, *box in read_list(folder / "bounding_boxes.txt", 5, numbers=4)}
+    points = read_list(folder / "parts/part_locs.txt", 5, numbers=3)
     row_of = {key: row for row, key in enumerate(file_of)}
     part_of = {key: part for part, key in enumerate(part_names)}
     keypoints = np.zeros((len(file_of), len(part_names), 3))
@@ -123,7 +131,7 @@ def read_cub(folder):
         labels = [label_of[class_of[key]] for key in file_of]
         for_training = [split_of[key] == "1" for key in file_of]
         boxes = np.array([box_of.get(key, WHOLE_IMAGE) for key in file_of], float)
-        for key, part, *point in read_list(folder / "parts/part_locs.txt", 5):
+        for key, part, *point in points:
             if key in row_of:  # a subset may come with the list of all images
                 keypoints[row_of[key], part_of[part]] = point
     except (KeyError, ValueError) as error:
@@ -131,13 +139,17 @@ def read_cub(folder):
     files = [folder / "images" / file for file in file_of.values()]
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing, though images.txt names it")
+            raise FileNotFoundError(f"{file} is missing, though images.txt names it; remove "
+                                    f"{folder} and unpack or make it again")
     classes = list(class_names.values())
     return classes, list(part_names.values()), files, labels, for_training, boxes, keypoints
 
 
-def read_list(path, columns):
-    """The rows of a list, split into fields; the last may contain spaces. No file, no rows."""
+def read_list(path, columns, numbers=0):
+    """The rows of a list, split into fields; the last may contain spaces. No file, no rows.
+
+    numbers: how many of the last fields must be finite numbers.
+    """
     if not path.is_file():
         return []
     # Windows may put a mark in front (-sig). A file's name may be in any encoding.
@@ -146,7 +158,17 @@ def read_list(path, columns):
     for row in rows:
         if len(row) != columns:
             raise ValueError(f"{path}: expected {columns} fields, found {' '.join(row)}")
+        if not all(is_finite(field) for field in row[columns - numbers:]):
+            raise ValueError(f"{path}: expected {numbers} finite numbers in {' '.join(row)}; "
+                             "mend the line, or take it out")
     return rows
+
+
+def is_finite(field):
+    try:
+        return math.isfinite(float(field))
+    except ValueError:
+        return False
 
 
 def read_class_folders(folder):
@@ -162,7 +184,9 @@ def read_class_folders(folder):
         raise FileNotFoundError(f"{folder}: no class has images in train/ and in test/ or val/")
     for name in test_names:
         if name not in label_of:
-            raise ValueError(f"{test / name}: there is no such class in train/")
+            alike = [other for other in classes if other.casefold() == name.casefold()]
+            but = f", but there is {alike[0]}" if alike else ""
+            raise ValueError(f"{test / name}: there is no such class in train/{but}")
     files = train_files + test_files
     labels = [label_of[name] for name in train_names + test_names]
     for_training = [True] * len(train_files) + [False] * len(test_files)
@@ -172,9 +196,21 @@ def read_class_folders(folder):
 
 
 def class_images(folder):
-    """All images below folder/CLASS/, and the class of each. Prints what else there is."""
+    """All images below folder/CLASS/, each once, and the class of each. Prints what else there is.
+
+    Names are in Unicode's composed form (NFC): a disk of macOS may hold the other one.
+    """
     files, class_names, skipped = [], [], Counter()
-    for place, _, names in sorted(os.walk(folder, followlinks=True)):
+    root, walked = folder.resolve(), set()
+    for place, subfolders, names in os.walk(folder, followlinks=True):
+        subfolders.sort()
+        real = Path(place).resolve()
+        if real != root / Path(place).relative_to(folder) and (
+                real in walked or real.is_relative_to(root) or root.is_relative_to(real)):
+            skipped["link to a folder that is counted already"] += 1
+            subfolders.clear()
+            continue
+        walked.add(real)
         for name in sorted(names):
             file = Path(place, name)
             below = file.relative_to(folder).parts  # CLASS, perhaps more folders, the file's name
@@ -184,12 +220,15 @@ def class_images(folder):
                 skipped[f"with suffix {file.suffix!r}"] += 1
             elif not file.is_file():
                 skipped["broken link"] += 1
+            elif file.is_symlink() and file.resolve().is_relative_to(root):
+                skipped["link to an image that is counted already"] += 1
             elif len(below) == 1:
                 skipped["in no class folder"] += 1
             else:
                 files.append(file)
-                class_names.append(below[0])
-    class_folders = {path.name for path in folder.glob("*/") if path.name[0] not in ".@"}
+                class_names.append(unicodedata.normalize("NFC", below[0]))
+    class_folders = {unicodedata.normalize("NFC", path.name)
+                     for path in folder.glob("*/") if path.name[0] not in ".@"}
     for name in sorted(class_folders - set(class_names)):
         skipped[f"class without images ({name!r})"] += 1
     if skipped:
@@ -199,6 +238,11 @@ def class_images(folder):
 
 
 # ---- 3. From a file to a tensor ------------------------------------------------------------------
+TURN = Image.Transpose
+TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE,
+         6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # what undoes an orientation
+
+
 def read_image(path, upright=False):
     """Any file that Pillow reads, as a PIL image in RGB. Transparent pixels become white.
 
@@ -208,16 +252,34 @@ def read_image(path, upright=False):
     try:
         with Image.open(path) as file:
             file.load()  # some formats know size and mode only now
-            image = ImageOps.exif_transpose(file) if upright else file
-            if image.mode.startswith(("I", "F")):
-                image = to_8_bits(image)
-            if image.has_transparency_data:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, RuntimeError,  # what Pillow raises
-            Image.DecompressionBombError) as error:
+            turn = TURNS.get(orientation(file)) if upright else None
+            image = file if turn is None else file.transpose(turn)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes Pillow raise any of ten kinds
         raise ValueError(f"{path}: not a readable image ({error})") from None
+    try:
+        return to_rgb(image)
+    except (OSError, ValueError) as error:  # of a mode that has no way there
+        raise ValueError(f"{path}: not a readable image ({error})") from None
+
+
+def orientation(file):
+    """What the EXIF block of an open image says, 1 to 8; None where the block cannot be read."""
+    try:
+        return file.getexif().get(0x0112)
+    except Exception:  # such a block may stand beside sound pixels
+        return None
+
+
+def to_rgb(image):
+    """A PIL image of any mode -> RGB, white where it is transparent."""
+    if image.mode.startswith(("I", "F")):
+        image = to_8_bits(image)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def to_8_bits(image):
@@ -227,8 +289,10 @@ def to_8_bits(image):
     if image.mode == "F" or low < 0 or high > 65535:
         found = f"its pixels are {values.dtype} from {low:g} to {high:g}"
         raise ValueError(f"{found}; expected 8 or 16 bits")
+    transparent = values == image.info.get("transparency")  # the value that stands for it, or None
     if high > 255:
         values = values / 256
+    values = np.where(transparent, 255, values)
     return Image.fromarray(values.astype(np.uint8))
 
 
@@ -266,7 +330,7 @@ class Images(torch.utils.data.Dataset):
     """The images of a folder, and what is known of them.
 
     split: "train" or "test". To choose settings without test images, "val" is every fourth
-    training image and "fit" the others.
+    training image of each class and "fit" the others.
     view: "train" is augmented; "test" is test_view; "box" is cropped to the bounding box and
     squashed to S x S, as the part metrics want it (Huang et al. 2023).
     An item: image (3, S, S) float32 normalised, label, key points (M, 3) of x, y, visible, index.
@@ -288,10 +352,14 @@ class Images(torch.utils.data.Dataset):
         self.classes = [name.encode(errors="replace").decode() for name in classes]  # printable
         self.parts = [name.encode(errors="replace").decode() for name in parts]
         rows = [row for row, train in enumerate(for_training) if train == (split != "test")]
-        if split == "val":
-            rows = rows[3::4]
-        elif split == "fit":
-            del rows[3::4]
+        if split in ("val", "fit"):
+            kept, seen = [], Counter()
+            for row in rows:
+                seen[labels[row]] += 1
+                is_fourth = seen[labels[row]] % 4 == 0
+                if is_fourth == (split == "val"):
+                    kept.append(row)
+            rows = kept
         if not rows:
             raise ValueError(f"{folder}: no image for split {split!r}")
         self.files = [files[row] for row in rows]
@@ -318,7 +386,11 @@ class Images(torch.utils.data.Dataset):
         return self.item(index, self.read(index))
 
     def read(self, index):
-        return read_image(self.files[index], self.upright)
+        try:
+            return read_image(self.files[index], self.upright)
+        except ValueError as error:
+            raise ValueError(f"{error}; python data.py --data {self.folder} names all such files "
+                             "of this data") from None
 
     def item(self, index, image):
         """The item of an image that read() returned. evaluate.py makes two views of each."""
@@ -439,11 +511,40 @@ def save(path, content):
     """Write a text or a torch object beside path, then move it there: path is always whole."""
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
-    if isinstance(content, str):
-        temporary.write_text(content, encoding="utf-8")
-    else:
-        torch.save(content, temporary)
-    os.replace(temporary, path)
+    try:
+        if isinstance(content, str):
+            temporary.write_text(content, encoding="utf-8")
+        else:
+            torch.save(content, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch raises the second where a disk is full
+        temporary.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path}: could not be written ({reason}); is the disk full?") from None
+
+
+def num_cores():
+    """The cores that this process may use; fewer than there are, under taskset or SLURM."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def claim(folder):
+    """A lock on a run's folder, which ends with the process or when what is returned is closed.
+
+    Raises ValueError where another process holds it. Nothing is locked without POSIX locks.
+    """
+    lock = (folder / "lock").open("a")
+    try:
+        import fcntl
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{folder}: another process trains in this folder; wait for it, or take "
+                         "another --out") from None
+    except (ImportError, OSError):  # Windows; a file system without locks
+        pass
+    return lock
 
 
 def local_device(kind):
@@ -452,7 +553,7 @@ def local_device(kind):
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if local_rank >= torch.cuda.device_count():
-        raise ValueError(f"device cuda: {torch.cuda.device_count()} GPUs found; take the CPU, "
+        raise ValueError(f"device cuda: {torch.cuda.device_count()} GPUs found; take --device cpu, "
                          "or start fewer processes")
     return torch.device("cuda", local_rank)
 
@@ -476,12 +577,22 @@ def main():
     args = parser.parse_args()
     folder = find(args.data, args.data_root)
     print(folder)
+    damaged = []
     for split in ("train", "test"):
         images = Images(folder, split, "test", 224)
+        for index in tqdm(range(len(images)), f"opening {split}", leave=False, disable=None):
+            try:
+                read_image(images.files[index], images.upright)
+            except ValueError as error:
+                damaged.append(str(error))
         num_classes = len(images.labels.unique())
         num_boxes = int(images.boxes[:, 2].isfinite().sum())
         print(f"{split}: {len(images)} images of {num_classes} classes, {num_boxes} with a box")
     print(f"parts: {', '.join(images.parts) or 'none, so no consistency and no stability'}")
+    for line in damaged:
+        print(line, file=sys.stderr)
+    if damaged:
+        raise ValueError(f"{folder}: {len(damaged)} damaged images; replace or remove them")
 
 
 if __name__ == "__main__":

@@ -632,6 +632,7 @@ URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{folder}/dinov2_{name}_pretr
 METAS_PARTS = {"cls_token", "pos_embed", "mask_token", "register_tokens", "patch_embed", "blocks",
                "norm"}
 ABSENT = torch.empty(0, 0)  # stands for a weight that a file lacks
+OTHER_HEADS = {1152, 1280, 1408, 1664}  # widths of SoViT, ViT-H, EVA's g, ViT-bigG: heads of 72 up
 
 
 def load_backbone(name_or_path, image_size=None):
@@ -709,8 +710,12 @@ def assemble_backbone(state, image_size, source):
 
     It is built without memory of its own and takes over the tensors of the state dict.
     """
+    architecture = read_architecture(state)
+    if architecture["width"] in OTHER_HEADS or architecture["width"] % 64:
+        raise ValueError(f"{source}: a ViT of width {architecture['width']} has heads of another "
+                         "width than 64; take a ViT-S, B, L or DINOv2's giant")
     with torch.device("meta"):
-        backbone = VisionTransformer(**read_architecture(state), image_size=image_size)
+        backbone = VisionTransformer(**architecture, image_size=image_size)
     load_state(backbone, state, source, assign=True)
     return backbone
 

@@ -19,6 +19,7 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -37,7 +38,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngImageFile
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as T
 
@@ -254,10 +256,16 @@ def test_weights_that_do_not_fit_are_named_in_one_line(tmp_path):
     path, state = tmp_path / "vit.pth", tiny_backbone(depth=2).state_dict()
     for content, says in ((state | {"blocks.1.mlp.fc1.bias": torch.ones(3)}, "fc1.bias.*.3."),
                           (state | {"blocks.0.attn.q_norm.weight": torch.ones(3)}, "q_norm"),
-                          (state | {"code": Fraction(1, 2)}, "not a torch file of tensors")):
+                          (state | {"code": Fraction(1, 2)}, "not a torch file of tensors"),
+                          (of_width(1280), "width 1280 has heads of another width than 64"),
+                          (of_width(96), "width 96 has heads of another width than 64")):
         torch.save(content, path)
         with one_line(ValueError, "vit.pth", says):
             ivpt.load_backbone(path, 70)
+
+
+def of_width(width):
+    return ivpt.VisionTransformer(width=width, depth=1, patch_size=14, pos_grid=5).state_dict()
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -945,10 +953,58 @@ def test_data_names_that_are_not_utf_8_reach_the_end_of_a_run(tmp_path):
     assert script("-c", code).stdout == "v\\udcf6gel\n"
 
 
+def test_data_every_picture_counts_once_with_the_label_of_its_own_folder(tmp_path, capsys):
+    folder = write_classes(tmp_path / "data")
+    train_folder, elsewhere = folder / "train", tmp_path / "elsewhere"
+    (train_folder / "ant/again").symlink_to("../ant")       # to itself
+    (train_folder / "ant/all").symlink_to("../../train")    # to all classes
+    (train_folder / "ant/zebra").symlink_to("../zebra 1")   # to another class, walked later
+    (train_folder / "ant/z.jpg").symlink_to("../zebra 1/0.jpg")
+    (train_folder / "zebra 1/more").symlink_to(elsewhere)   # twice to what lies elsewhere
+    (train_folder / "zebra 1/more again").symlink_to(elsewhere)
+    (elsewhere / "deep").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(elsewhere / "deep/2.png")
+    (train_folder / "ant/linked.png").symlink_to(elsewhere / "deep/2.png")  # of another class: kept
+    dataset = data.Images(folder, "train", "test", 32)
+    names = [(dataset.classes[label], file.name)
+             for label, file in zip(dataset.labels, dataset.files)]
+    assert names == [("ant", "0.jpg"), ("ant", "1.PNG"), ("ant", "linked.png"),
+                     ("zebra 1", "0.jpg"), ("zebra 1", "1.PNG"), ("zebra 1", "2.png")]
+    out = capsys.readouterr().out
+    assert "4 link to a folder that is counted already" in out
+    assert "1 link to an image that is counted already" in out
+
+
+def test_data_names_of_classes_that_look_equal(tmp_path):
+    folder = write_classes(tmp_path)
+    (folder / "train/ant").rename(folder / "train/Z\u00fcrich")  # composed
+    (folder / "val/Zu\u0308rich").mkdir()  # decomposed, as on macOS
+    (folder / "val/zebra 1/0.jpg").rename(folder / "val/Zu\u0308rich/0.jpg")
+    test = data.Images(folder, "test", "test", 32)
+    assert test.classes == ["Z\u00fcrich", "zebra 1"] and test.labels.tolist() == [0, 1]
+    (folder / "val/zebra 1").rename(folder / "val/Zebra 1")
+    with one_line(ValueError, "val/Zebra 1: there is no such class in train/, but there is zebra 1"):
+        data.Images(folder, "test", "test", 32)
+
+
+def test_data_validation_takes_every_fourth_image_of_each_class(tmp_path):
+    """Also where classes take turns in the list, as here."""
+    folder = write_cub(tmp_path, sizes=[(40, 40)] * 27, num_classes=3, num_test=1)
+    every, fit, val = (data.Images(folder, split, "test", 32) for split in ("train", "fit", "val"))
+    assert val.labels.bincount().tolist() == [2, 2, 2] and fit.labels.bincount()[2] == 6
+    expected = [file for c in range(3)
+                for file in [f for f, l in zip(every.files, every.labels) if l == c][3::4]]
+    assert sorted(val.files) == sorted(expected)
+    assert sorted(val.files + fit.files) == sorted(every.files)
+
+
 @pytest.mark.parametrize("damage, words", [
     (lambda f: (f / "images.txt").unlink(), "images.txt"),
     (lambda f: (f / "images/001.Class 1/image 1.png").unlink(), "image 1.png is missing"),
     (lambda f: write(f / "bounding_boxes.txt", "17 1 2 3"), "bounding_boxes.txt: expected 5"),
+    (lambda f: write(f / "bounding_boxes.txt", "17 1 2 3 nan"), "4 finite numbers in 17 1 2 3 nan"),
+    (lambda f: write(f / "parts/part_locs.txt", "17 2 1 inf 1"), "3 finite numbers in 17 2 1 inf"),
+    (lambda f: write(f / "parts/part_locs.txt", "17 2 1 two 1"), "3 finite numbers in 17 2 1 two"),
     (lambda f: write(f / "image_class_labels.txt", "17 4", "14 3", "11 3", "8 3"), "'4'"),
     (lambda f: write(f / "train_test_split.txt", "17 0", "14 0", "11 0", "8 0"), "no image for"),
     (lambda f: [shutil.rmtree(f), write_classes(f), write(f / "val/gnu/0.jpg")], "val/gnu"),
@@ -968,6 +1024,7 @@ def test_data_find_takes_cub_where_it_is_and_downloads_it_where_not(tmp_path, mo
     monkeypatch.setattr(data, "CUB_URL", "http://127.0.0.1:9/CUB_200_2011.tgz")
     with one_line(OSError, "127.0.0.1:9", "put it into"):  # another MD5
         data.find("cub", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["CUB_200_2011.tgz", "source"]
     md5 = hashlib.md5((tmp_path / "CUB_200_2011.tgz").read_bytes()).hexdigest()
     monkeypatch.setattr(data, "CUB_MD5", md5)
     with monkeypatch.context() as patch, one_line(FileNotFoundError, "before torchrun"):
@@ -976,6 +1033,7 @@ def test_data_find_takes_cub_where_it_is_and_downloads_it_where_not(tmp_path, mo
     write(tmp_path / "images.txt", "a stray file")
     folder = data.find("cub", tmp_path)
     assert folder == tmp_path / "CUB_200_2011" == data.find("cub", folder)
+    assert not (tmp_path / "CUB_unpacking").exists()
     with one_line(FileNotFoundError, "--data cap: no such folder"):
         data.find("cap", tmp_path)
 
@@ -1051,6 +1109,75 @@ def test_data_every_kind_of_image_becomes_rgb(tmp_path, mode):
     assert np.abs(np.asarray(read).astype(int) - ramp[..., None]).max() <= 1
     Image.new("RGBA", (4, 6), (9, 9, 9, 0)).save(tmp_path / "clear.png")
     assert data.read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+TURNED = "0112 0003 00000001 0006 0000"  # an entry of EXIF: orientation 6
+
+
+@pytest.mark.parametrize("block, size", [
+    (f"00000008 0001 {TURNED} 00000000", (5, 9)),
+    (f"00000008 0002 {TURNED} 011a 000a 00000001 00000026 00000000 ffffffff 00000000", (5, 9)),
+    ("ffff", (9, 5))])
+def test_data_a_broken_exif_block_beside_sound_pixels(tmp_path, block, size):
+    """Orientation 6 alone, beside a resolution of -1 / 0, and a block that ends too early."""
+    exif = b"Exif\0\0MM\0*" + bytes.fromhex(block)
+    Image.new("RGB", (9, 5)).save(tmp_path / "x.jpg", exif=exif)
+    assert data.read_image(tmp_path / "x.jpg", upright=True).size == size
+
+
+@pytest.mark.parametrize("value", range(9))
+def test_data_each_orientation_is_undone(tmp_path, value):
+    stored, exif = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40), Image.Exif()
+    exif[0x0112] = value
+    stored.save(tmp_path / "x.png", exif=exif)
+    read = data.read_image(tmp_path / "x.png", upright=True)
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / "x.png"))
+    assert np.array_equal(read, upright.convert("RGB"))
+
+
+def test_data_the_transparent_value_of_16_bits_is_white(tmp_path):
+    grey = Image.fromarray(np.array([[1000, 1001, 60000]], np.uint16))
+    grey.save(tmp_path / "x.png", transparency=1000)
+    assert np.asarray(data.read_image(tmp_path / "x.png"))[0, :, 0].tolist() == [255, 3, 234]
+
+
+@pytest.mark.parametrize("error", [struct.error("short"), AttributeError("none"), TypeError("no")])
+def test_data_whatever_a_file_raises_is_one_line(tmp_path, error, monkeypatch):
+    Image.new("RGB", (4, 6)).save(tmp_path / "x.png")
+    monkeypatch.setattr(PngImageFile, "load", lambda *_: (_ for _ in ()).throw(error))
+    with one_line(ValueError, f"{tmp_path}/x.png: not a readable image"):
+        data.read_image(tmp_path / "x.png")
+
+
+def test_data_all_images_are_opened_and_the_damaged_ones_named(tmp_path, monkeypatch, capsys):
+    folder = write_cub(tmp_path)
+    first, last = (data.Images(folder, split, "test", 28).files[0] for split in ("train", "test"))
+    for file in (first, last):
+        file.write_bytes(file.read_bytes()[:60])
+    monkeypatch.setattr(sys, "argv", ["data.py", "--data", str(folder)])
+    with one_line(ValueError, f"{folder}: 2 damaged images"):
+        data.main()
+    found = capsys.readouterr()
+    named = [line.split(": not")[0] for line in found.err.splitlines() if ": not" in line]
+    assert named == [str(first), str(last)]
+    with one_line(ValueError, str(first), f"python data.py --data {folder} names all"):
+        data.Images(folder, "train", "test", 28)[0]
+
+
+@pytest.mark.parametrize("content", ["text", dict(x=torch.zeros(3))])
+def test_data_a_full_disk_leaves_what_was_there(tmp_path, content, monkeypatch):
+    data.save(tmp_path / "last.pt", "before")
+
+    def fail(*arguments, **_):
+        (tmp_path / "last.pt.part").write_bytes(b"half")
+        raise OSError(28, "No space left on device") if content == "text" else RuntimeError("a\nb")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(torch, "save", fail)
+    with one_line(OSError, f"{tmp_path}/last.pt: could not be written", "disk full?"):
+        data.save(tmp_path / "last.pt", content)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+    assert (tmp_path / "last.pt").read_text() == "before"
 
 
 @pytest.mark.parametrize("values, words", [
@@ -1684,7 +1811,9 @@ def test_an_ablation_takes_one_idea_away_and_trains(idea, birds, tmp_path):
 def test_a_cpu_leaves_a_core_to_each_loader_process(monkeypatch):
     used = []
     monkeypatch.setattr(torch, "set_num_threads", used.append)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert train.parse(["--device", "cuda"]).workers == 8
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for workers in ("0", "3", "9"):
         train.use_cores(train.parse(["--device", "cpu", "--workers", workers]))
@@ -1786,6 +1915,37 @@ def test_a_run_leaves_its_files_and_resumes_bit_for_bit(birds, uncut, tmp_path, 
     assert {"epoch", "classification", "loss", "train_accuracy", "lr"} <= set(log_of(uncut)[0])
 
 
+CLAIMS = """import sys, time
+from pathlib import Path
+import data
+lock = data.claim(Path(sys.argv[1]))
+print("claimed", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(birds, uncut, tmp_path):
+    run = shutil.copytree(uncut, tmp_path / "run")
+    other = subprocess.Popen([sys.executable, "-c", CLAIMS, str(run)], stdout=subprocess.PIPE,
+                             cwd=ROOT)
+    assert other.stdout.readline() == b"claimed\n"
+    for start in ("--resume", "--overwrite"):
+        with one_line(ValueError, f"{run}: another process trains in this folder"):
+            train.train(tiny_run(birds, run, start))
+    other.kill()
+    other.wait()
+    data.claim(run)
+    assert (run / "last.pt").read_bytes() == (uncut / "last.pt").read_bytes()
+
+
+def test_a_checkpoint_alone_is_a_run(birds, uncut, tmp_path):
+    """What is missing beside it is made anew."""
+    (tmp_path / "last.pt").write_bytes((uncut / "last.pt").read_bytes())
+    train.train(train.parse(["--resume", "--out", str(tmp_path), "--epochs", "3"]))
+    assert [line["epoch"] for line in log_of(tmp_path)] == [3]
+    assert json.loads((tmp_path / "config.json").read_text())["epochs"] == 3
+
+
 KILLED = """import os, signal, sys
 import data, train
 affine, replace, calls = data.sample_affine, os.replace, []
@@ -1818,7 +1978,7 @@ def test_overwrite_forgets_the_old_run_at_once(birds, uncut, tmp_path, monkeypat
     monkeypatch.setattr(data, "sample_affine", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train.train(tiny_run(birds, run, "--overwrite"))
-    assert sorted(p.name for p in run.iterdir()) == ["config.json", "log.jsonl"]
+    assert sorted(p.name for p in run.iterdir()) == ["config.json", "lock", "log.jsonl"]
     assert log_of(run) == []
     assert train.open_run_folder(tiny_run(birds, run)) == run  # without a checkpoint it is no run
 

@@ -297,7 +297,7 @@ def preset(weights):
 
 def machine(typed):
     device = typed.get("device", "cuda" if torch.cuda.is_available() else "cpu")
-    workers = min(8, os.cpu_count()) if device == "cuda" else 1
+    workers = min(8, data.num_cores()) if device == "cuda" else 1
     return dict(device=device, amp=has_bf16(device), workers=workers)
 
 
@@ -390,7 +390,7 @@ def open_dataset(args, folder, split, world):
 def use_cores(args):
     """On a CPU every loader process keeps a core to itself: threads that wait for one are slow."""
     if args.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, os.cpu_count() - args.workers))
+        torch.set_num_threads(max(1, data.num_cores() - args.workers))
 
 
 def new_model(args, dataset, device):
@@ -423,6 +423,7 @@ def train(args):
     if not args.resume:
         check_model(args)
     out = open_run_folder(args)
+    lock = data.claim(out) if os.environ.get("RANK", "0") == "0" else None
     last, log = out / "last.pt", out / "log.jsonl"
     use_cores(args)
     device = data.local_device(args.device)
@@ -462,8 +463,9 @@ def train(args):
                 (out / name).unlink(missing_ok=True)
         data.save(out / "config.json", json.dumps(asdict(args), indent=1) + "\n")
         # A run that was killed may have logged one epoch more than it saved.
-        lines = log.read_text().splitlines(keepends=True)[:finished] if finished else []
-        log.write_text("".join(lines))
+        lines = log.read_text().splitlines(keepends=True) if finished and log.is_file() else []
+        del lines[finished:]
+        data.save(log, "".join(lines))
         data.say(table_of(args))
         trained = sum(p.numel() for p in parameters)
         data.say(f"{trained:,} trained parameters, {len(dataset)} images of "
@@ -519,8 +521,8 @@ def train(args):
         line["seconds"] = round(time.time() - began, 2)
         scheduler.step()
         if chief:
-            with log.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            lines.append(json.dumps(line) + "\n")
+            data.save(log, "".join(lines))
             data.save(last, dict(
                 options=asdict(args), classes=dataset.classes, images=len(dataset), epoch=epoch + 1,
                 model=model.state_dict(), optimizer=optimizer.state_dict(),

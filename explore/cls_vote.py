@@ -1,9 +1,8 @@
-"""How much the vote of the cls token decides, in a run of --method parts-cls.
+"""How much the vote of the cls token decides: explore/cls_vote.py --ckpt RUN/last.pt
 
-    python explore/cls_vote.py --ckpt runs/cub_parts-cls/last.pt
-
-A vote's share is what it adds to the margin between the two likeliest classes, over the whole
-margin, both summed over the test images.
+RUN is a run of train.py --method parts-cls. Printed are its accuracy, that of the concepts' votes
+alone, and the share of cls: what its vote adds to the margin between the two likeliest classes, over
+the whole margin, both summed over the test images.
 """
 import sys
 from pathlib import Path

@@ -124,8 +124,8 @@ def find_images(paths):
             files.append(path)
             continue
         for file in sorted(path.rglob("*")):
-            is_image = file.suffix.lower() in data.SUFFIXES
-            if is_image and file.name[0] != ".":
+            hidden = any(word[0] in ".@" for word in file.relative_to(path).parts)
+            if file.suffix.lower() in data.SUFFIXES and file.is_file() and not hidden:
                 files.append(file)
     if not files:
         raise ValueError(f"{', '.join(map(str, paths))}: no image there")
@@ -136,6 +136,8 @@ def explain_files(model, paths, checkpoint, amp, run, out=None):
     """Explains images, and all images in folders: prints the text and draws out/NUMBER_NAME.png.
 
     run: the checkpoint's folder. If evaluate.py left metrics.json there, concepts have names.
+    Numbers go on where drawings are there already. Raises ValueError at the end where images were
+    damaged.
     """
     files = find_images(paths)
     names = None
@@ -144,15 +146,25 @@ def explain_files(model, paths, checkpoint, amp, run, out=None):
         metrics = json.loads(metrics_file.read_text(encoding="utf-8"))
         names = [concept_names(layer) for layer in metrics["layers"]]
     out = Path(out or run / "explained")
-    out.mkdir(parents=True, exist_ok=True)
-    for number, file in enumerate(files, start=1):
-        image = data.read_image(file, upright=True)
+    number, damaged = 0, []
+    for file in files:
+        try:
+            image = data.read_image(file, upright=True)
+        except ValueError as error:
+            damaged.append(str(error))
+            continue
+        out.mkdir(parents=True, exist_ok=True)
+        number += 1
+        while any(out.glob(f"{number}_*.png")):
+            number += 1
         image = data.to_tensor(data.test_view(image, checkpoint["options"]["image_size"]))
         explanation = explain(model, image, checkpoint["classes"], amp, names)
         target = out / f"{number}_{file.stem}.png"
         draw(data.denormalize(image), explanation).save(target)
         text = "\n".join(describe(explanation))
         data.say(f"{file}, drawn in {target}\n{text}\n")
+    if damaged:
+        raise ValueError(f"{len(damaged)} of {len(files)} images: {'; '.join(damaged)}")
 
 
 def main(argv=None):

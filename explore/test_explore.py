@@ -245,14 +245,25 @@ def test_the_scripts(tmp_path, monkeypatch, capsys):
     (birds / "b.png").rename(birds / "more" / "b.png")
     (birds / "notes.txt").write_text("no image")
     (birds / ".c.png").write_text("hidden")
+    (birds / ".ipynb_checkpoints").mkdir()
+    (birds / ".ipynb_checkpoints" / "a.png").write_text("hidden")
+    (birds / "folder.png").mkdir()
     ckpt = ["--ckpt", str(tmp_path / "run" / "last.pt")]
     explain.main([*ckpt, str(birds), str(birds / "a.png")])
     drawn = sorted(file.name for file in (tmp_path / "run" / "explained").iterdir())
-    assert drawn == ["1_a.png", "2_b.png", "3_a.png"] and len(list(birds.rglob("*"))) == 5
+    assert drawn == ["1_a.png", "2_b.png", "3_a.png"] and len(list(birds.rglob("*"))) == 8
     assert "-0.50  concept 2\n" in capsys.readouterr().out
     (tmp_path / "run" / "metrics.json").write_text(json.dumps(dict(layers=concept_layers())))
     evaluate.main([*ckpt, "--image", str(birds / "more")])
     assert "-0.50  concept 2, tail and beak & eye\n" in capsys.readouterr().out
+    (birds / "bad.png").write_text("damaged")
+    with pytest.raises(ValueError, match=r"\A1 of 3 images: [^\n]*bad.png: not a readable[^\n]*\Z"):
+        explain.main([*ckpt, str(birds)])
+    drawn = sorted(file.name for file in (tmp_path / "run" / "explained").iterdir())
+    assert drawn[3:] == ["4_b.png", "5_a.png", "6_b.png"]  # no drawing was replaced
+    with pytest.raises(ValueError, match="bad.png: not a readable"):
+        explain.main([*ckpt, str(birds / "bad.png"), "--out", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()
     gallery.main([*ckpt, "--strip", str(tmp_path / "strip.jpg"), "--images", "3", "7"])
     assert Image.open(tmp_path / "strip.jpg").size == (3 * 61 + 5, 2 * 61 + 5)
     with pytest.raises(ValueError, match="expected numbers from 0 to 11"):

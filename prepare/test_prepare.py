@@ -107,7 +107,7 @@ def test_toy_place_alone_is_not_enough(monkeypatch):
     assert hits.max() < 0.85 and np.median(hits.max(axis=0)) < 0.5
 
 
-def test_the_toy_vit_learns_species_and_pixels(tmp_path, monkeypatch):
+def test_the_toy_vit_learns_species_and_pixels(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(toy_birds, "ZOOM", 1)
     toy_birds.draw(tmp_path / "birds", num_train=8, num_test=1)
     dataset = data.Images(tmp_path / "birds", "train", "train", 56)
@@ -127,6 +127,8 @@ def test_the_toy_vit_learns_species_and_pixels(tmp_path, monkeypatch):
     assert unmoved == {"mask_token"}
     assert not backbone.training and not any(p.requires_grad for p in backbone.parameters())
     assert len(errors) == 6 * 5 and sum(errors[-5:]) < 0.8 * sum(errors[:5])
+    lines = capsys.readouterr().out.splitlines()  # also where no terminal shows a progress bar
+    assert len(lines) == 6 and "epoch 6 of 6: loss" in lines[5]
 
 
 def test_a_failing_script_leaves_nothing_and_a_second_one_takes_the_folder_of_the_first(tmp_path):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import data
 from model import VisionTransformer
 
 ARCHITECTURE = dict(width=128, depth=6, patch_size=8, pos_grid=14)
@@ -46,6 +47,7 @@ def pretrain(backbone, dataset, epochs, device, amp, workers, batch_size=16):
                         num_workers=workers, generator=order)
     for epoch in tqdm(range(epochs), "pretraining the toy ViT", disable=None, leave=False):
         dataset.epoch = epoch
+        losses = []
         for images, labels, _, _ in loader:
             images, labels = images.to(device), labels.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -61,4 +63,7 @@ def pretrain(backbone, dataset, epochs, device, amp, workers, batch_size=16):
             nn.utils.clip_grad_norm_(backbone.parameters(), 2.0)
             optimizer.step()
             scheduler.step()
+            losses.append(loss.detach())
+        mean = torch.stack(losses).mean()
+        data.say_once(f"pretraining the toy ViT, epoch {epoch + 1} of {epochs}: loss {mean:.3f}")
     backbone.requires_grad_(False).eval()
