@@ -38,6 +38,7 @@ CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 CUB_MD5 = "97eceeb196236b17998738112f37df78"
 CUB_LISTS = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
 WHOLE_IMAGE = (0, 0, np.inf, np.inf)  # the box of an image that has none: x, y, width, height
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # microseconds that all cores may work in a period
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
             if Image.MIME.get(kind, "").startswith("image/")}  # that this Pillow can read
 
@@ -147,9 +148,7 @@ def read_cub(folder):
 
 def read_list(path, columns, numbers=0):
     """The rows of a list, split into fields; the last may contain spaces. No file, no rows.
-
-    numbers: how many of the last fields must be finite numbers.
-    """
+    numbers: how many of the last fields must be finite numbers."""
     if not path.is_file():
         return []
     # Windows may put a mark in front (-sig). A file's name may be in any encoding.
@@ -158,17 +157,14 @@ def read_list(path, columns, numbers=0):
     for row in rows:
         if len(row) != columns:
             raise ValueError(f"{path}: expected {columns} fields, found {' '.join(row)}")
-        if not all(is_finite(field) for field in row[columns - numbers:]):
+        try:
+            finite = all(math.isfinite(float(field)) for field in row[columns - numbers:])
+        except ValueError:
+            finite = False
+        if not finite:
             raise ValueError(f"{path}: expected {numbers} finite numbers in {' '.join(row)}; "
                              "mend the line, or take it out")
     return rows
-
-
-def is_finite(field):
-    try:
-        return math.isfinite(float(field))
-    except ValueError:
-        return False
 
 
 def read_class_folders(folder):
@@ -197,9 +193,7 @@ def read_class_folders(folder):
 
 def class_images(folder):
     """All images below folder/CLASS/, each once, and the class of each. Prints what else there is.
-
-    Names are in Unicode's composed form (NFC): a disk of macOS may hold the other one.
-    """
+    Names are in Unicode's composed form (NFC): a disk of macOS may hold the other one."""
     files, class_names, skipped = [], [], Counter()
     root, walked = folder.resolve(), set()
     for place, subfolders, names in os.walk(folder, followlinks=True):
@@ -361,7 +355,8 @@ class Images(torch.utils.data.Dataset):
                     kept.append(row)
             rows = kept
         if not rows:
-            raise ValueError(f"{folder}: no image for split {split!r}")
+            needed = "; a class needs four training images" if split == "val" else ""
+            raise ValueError(f"{folder}: no image for split {split!r}{needed}")
         self.files = [files[row] for row in rows]
         self.labels = torch.tensor(labels)[rows]
         self.boxes = torch.tensor(boxes[rows]).float()
@@ -471,7 +466,8 @@ LOADER_FAILED = r"</torch_|DataLoader worker|^\[Errno (2|13|30|38)\] [^:]*$"
 
 def run_script(main):
     """Call main(). A user's mistake is one line on stderr and exit code 2, not a traceback."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # any name can be printed
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # any name can be printed
     try:
         return main()
     except KeyboardInterrupt:
@@ -524,17 +520,18 @@ def save(path, content):
 
 
 def num_cores():
-    """The cores that this process may use; fewer than there are, under taskset or SLURM."""
-    if hasattr(os, "sched_getaffinity"):  # on Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+    """The cores that this process may use: by affinity (taskset, SLURM) and cgroup (Docker)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if CPU_MAX.is_file():
+        quota, period = CPU_MAX.read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
 
 
 def claim(folder):
-    """A lock on a run's folder, which ends with the process or when what is returned is closed.
-
-    Raises ValueError where another process holds it. Nothing is locked without POSIX locks.
-    """
+    """A lock on a run's folder while what is returned is open. Raises ValueError where another
+    process holds it. Without POSIX locks nothing is locked."""
     lock = (folder / "lock").open("a")
     try:
         import fcntl

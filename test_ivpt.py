@@ -11,6 +11,7 @@ import fnmatch
 import functools
 import hashlib
 import importlib
+import io
 import itertools
 import json
 import math
@@ -996,6 +997,9 @@ def test_data_validation_takes_every_fourth_image_of_each_class(tmp_path):
                 for file in [f for f, l in zip(every.files, every.labels) if l == c][3::4]]
     assert sorted(val.files) == sorted(expected)
     assert sorted(val.files + fit.files) == sorted(every.files)
+    few = write_cub(tmp_path / "few", sizes=[(40, 40)] * 7, num_classes=2, num_test=1)
+    with one_line(ValueError, "no image for split 'val'; a class needs four training images"):
+        data.Images(few, "val", "test", 32)
 
 
 @pytest.mark.parametrize("damage, words", [
@@ -1232,6 +1236,11 @@ def test_data_run_script_says_a_failure_in_one_line(error, code, words, capsys):
         data.run_script(lambda: (_ for _ in ()).throw(RuntimeError("shapes")))
 
 
+def test_data_a_notebook_has_an_output_of_its_own(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # without reconfigure
+    assert data.run_script(lambda: 7) == 7
+
+
 def test_data_python_3_11_is_asked_for_at_the_door():
     old = "import sys, torch; sys.version_info = (3, 10, 9); import train"
     error = script("-c", old, code=2).stderr
@@ -1278,7 +1287,7 @@ def test_real_features_know_birds():
     """The pretrained ViT reads right: neighbours of cls agree far above chance (1 in 40)."""
     backbone = ivpt.load_backbone(SHARED / "weights" / "vit_tiny_patch16_224.pth", 224)
     features, labels = [], []
-    for split, step, count in (("fit", 10, 900), ("test", 25, 1090)):
+    for split, step, count in (("fit", 10, 920), ("test", 25, 1090)):
         dataset = data.Images(SHARED / "data" / "CUB_200_2011", split, "test", 224)
         assert (len(dataset), len(dataset.classes), len(dataset.parts)) == (count, 40, 15)
         images = torch.stack([dataset[i][0] for i in range(0, len(dataset), step)])
@@ -1702,8 +1711,9 @@ def test_evaluate_prototypes_of_a_class_are_controlled_within_it(eight_birds):
     assert layer["parts_hit"] is None  # concept 1 is another one in every class
 
 
-def test_evaluate_command_line(eight_birds, tmp_path, monkeypatch, capsys):
-    folder, model = shutil.copytree(eight_birds, tmp_path / "CUB_200_2011"), RandomMaps()
+def test_evaluate_command_line(tmp_path, monkeypatch, capsys):
+    model = RandomMaps()
+    folder = write_cub(tmp_path / "CUB_200_2011", [(90, 64)] * 8, num_test=8, num_classes=2)
     options = dict(data="cub", data_root=str(tmp_path), image_size=56, amp=False, seed=3)
     run = dict(options=options, classes=data.Images(folder, "test", "test", 56).classes)
     monkeypatch.setattr(evaluate, "load_run", lambda *_: (model, run))
@@ -1719,7 +1729,7 @@ def test_evaluate_command_line(eight_birds, tmp_path, monkeypatch, capsys):
     with one_line(ValueError, "not finite"):
         evaluate.main([*command, "--split", "val"])
     run["classes"].pop()
-    with one_line(ValueError, "its 3 classes are not the 2 of training"):
+    with one_line(ValueError, "its 2 classes are not the 1 of training"):
         evaluate.main([*command, "--split", "val"])
 
 
@@ -1808,11 +1818,12 @@ def test_an_ablation_takes_one_idea_away_and_trains(idea, birds, tmp_path):
     assert model.concepts[0].bias.requires_grad == (idea != "bias")
 
 
-def test_a_cpu_leaves_a_core_to_each_loader_process(monkeypatch):
+def test_a_cpu_leaves_a_core_to_each_loader_process(tmp_path, monkeypatch):
     used = []
     monkeypatch.setattr(torch, "set_num_threads", used.append)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(data, "CPU_MAX", tmp_path / "none")
     assert train.parse(["--device", "cuda"]).workers == 8
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for workers in ("0", "3", "9"):
@@ -1820,6 +1831,10 @@ def test_a_cpu_leaves_a_core_to_each_loader_process(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # the user's word
     train.use_cores(train.parse(["--device", "cpu"]))
     assert used == [8, 5, 1]
+    for limit, cores in (("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(limit + "\n")
+        monkeypatch.setattr(data, "CPU_MAX", tmp_path / "cpu.max")
+        assert data.num_cores() == cores
 
 
 def test_rates_follow_the_batch_and_halve_every_four_epochs(birds, tmp_path):

@@ -887,7 +887,8 @@ def test_every_method_resumes_is_evaluated_drawn_and_explained(
     assert "votes" in capsys.readouterr().out and len(list((run / "explained").iterdir())) == 1
 
 
-RUNNER = """import sys
+RUNNER = """import os
+import sys
 sys.path.insert(0, {root!r})
 import torch.distributed
 import torch.multiprocessing
@@ -906,6 +907,7 @@ def train_all(rank, world, out):
         torch.distributed.init_process_group(
             "gloo", init_method="file://" + out + "meeting", rank=rank, world_size=world)
     train.data.start_processes = lambda device: (rank, world)
+    os.environ["RANK"] = str(rank)
     for method in METHODS:
         words = [*sys.argv[2:], *{few}.get(method, []), "--method", method, "--out", out + method]
         train.train(train.parse(words))
