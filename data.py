@@ -38,7 +38,7 @@ CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 CUB_MD5 = "97eceeb196236b17998738112f37df78"
 CUB_LISTS = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
 WHOLE_IMAGE = (0, 0, np.inf, np.inf)  # the box of an image that has none: x, y, width, height
-CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # microseconds that all cores may work in a period
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # quota and period, in microseconds
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
             if Image.MIME.get(kind, "").startswith("image/")}  # that this Pillow can read
 
@@ -66,6 +66,9 @@ def find(data, data_root=None):
         if not folder.is_dir():
             raise FileNotFoundError(f"--data {data}: no such folder; expected toy, cub or a folder")
     if folder.is_dir():
+        if data == "cub" and missing_lists(folder):
+            raise FileNotFoundError(f"{folder} lacks {', '.join(missing_lists(folder))}; remove "
+                                    "it, and it is fetched and unpacked again")
         return folder
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         command = f"python data.py --data {data} --data-root {root}"
@@ -130,7 +133,7 @@ def read_cub(folder):
             class_names = {class_of[key]: Path(file).parent.name for key, file in file_of.items()}
         label_of = {key: label for label, key in enumerate(class_names)}
         labels = [label_of[class_of[key]] for key in file_of]
-        for_training = [split_of[key] == "1" for key in file_of]
+        for_training = [{"1": True, "0": False}[split_of[key]] for key in file_of]
         boxes = np.array([box_of.get(key, WHOLE_IMAGE) for key in file_of], float)
         for key, part, *point in points:
             if key in row_of:  # a subset may come with the list of all images
@@ -140,8 +143,8 @@ def read_cub(folder):
     files = [folder / "images" / file for file in file_of.values()]
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing, though images.txt names it; remove "
-                                    f"{folder} and unpack or make it again")
+            raise FileNotFoundError(f"{file} is missing, though images.txt names it; if an archive "
+                                    f"was unpacked in half, remove {folder}")
     classes = list(class_names.values())
     return classes, list(part_names.values()), files, labels, for_training, boxes, keypoints
 
@@ -178,11 +181,10 @@ def read_class_folders(folder):
             break
     else:  # neither
         raise FileNotFoundError(f"{folder}: no class has images in train/ and in test/ or val/")
-    for name in test_names:
-        if name not in label_of:
-            alike = [other for other in classes if other.casefold() == name.casefold()]
-            but = f", but there is {alike[0]}" if alike else ""
-            raise ValueError(f"{test / name}: there is no such class in train/{but}")
+    for name in sorted(set(test_names) - label_of.keys()):
+        alike = [other for other in classes if other.casefold() == name.casefold()]
+        but = f", but there is {alike[0]}" if alike else ""
+        raise ValueError(f"{test / name}: there is no such class in train/{but}")
     files = train_files + test_files
     labels = [label_of[name] for name in train_names + test_names]
     for_training = [True] * len(train_files) + [False] * len(test_files)
@@ -192,16 +194,17 @@ def read_class_folders(folder):
 
 
 def class_images(folder):
-    """All images below folder/CLASS/, each once, and the class of each. Prints what else there is.
+    """All images below folder/CLASS/ and the class of each. Links that would count an image of
+    this folder again are skipped, as is what is no image, and this is printed.
     Names are in Unicode's composed form (NFC): a disk of macOS may hold the other one."""
     files, class_names, skipped = [], [], Counter()
     root, walked = folder.resolve(), set()
     for place, subfolders, names in os.walk(folder, followlinks=True):
         subfolders.sort()
         real = Path(place).resolve()
-        if real != root / Path(place).relative_to(folder) and (
-                real in walked or real.is_relative_to(root) or root.is_relative_to(real)):
-            skipped["link to a folder that is counted already"] += 1
+        is_link = real != root / Path(place).relative_to(folder)
+        if is_link and (real in walked or real.is_relative_to(root) or root.is_relative_to(real)):
+            skipped["link to a folder that is counted anyway"] += 1
             subfolders.clear()
             continue
         walked.add(real)
@@ -210,12 +213,12 @@ def class_images(folder):
             below = file.relative_to(folder).parts  # CLASS, perhaps more folders, the file's name
             if any(word[0] in ".@" for word in below):  # such as .DS_Store, @eaDir
                 skipped["hidden"] += 1
-            elif file.suffix.lower() not in SUFFIXES:
-                skipped[f"with suffix {file.suffix!r}"] += 1
             elif not file.is_file():
                 skipped["broken link"] += 1
+            elif file.suffix.lower() not in SUFFIXES:
+                skipped[f"with suffix {file.suffix!r}"] += 1
             elif file.is_symlink() and file.resolve().is_relative_to(root):
-                skipped["link to an image that is counted already"] += 1
+                skipped["link to an image of this folder"] += 1
             elif len(below) == 1:
                 skipped["in no class folder"] += 1
             else:
@@ -234,7 +237,7 @@ def class_images(folder):
 # ---- 3. From a file to a tensor ------------------------------------------------------------------
 TURN = Image.Transpose
 TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE,
-         6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # what undoes an orientation
+         6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # EXIF orientation -> what makes upright
 
 
 def read_image(path, upright=False):
@@ -254,7 +257,7 @@ def read_image(path, upright=False):
         raise ValueError(f"{path}: not a readable image ({error})") from None
     try:
         return to_rgb(image)
-    except (OSError, ValueError) as error:  # of a mode that has no way there
+    except (OSError, ValueError) as error:  # no conversion; an error of ours keeps its traceback
         raise ValueError(f"{path}: not a readable image ({error})") from None
 
 
@@ -479,7 +482,7 @@ def run_script(main):
         line = f"{str(error).splitlines()[0]} Try a smaller --batch-size or --image-size."
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         # From a worker of a DataLoader, the text is a traceback: its last line is the message.
-        line = str(error).strip().split("\n")[-1]
+        line = str(error).strip().split("\n")[-1] or type(error).__name__
         line = line.removeprefix(f"{type(error).__name__}: ")
         if re.search(LOADER_FAILED, line):
             line += "; loader processes need /dev/shm: try docker run --shm-size=8g or --workers 0"
@@ -520,7 +523,7 @@ def save(path, content):
 
 
 def num_cores():
-    """The cores that this process may use: by affinity (taskset, SLURM) and cgroup (Docker)."""
+    """The cores that this process may use: by affinity (taskset, SLURM) and cgroup v2 (Docker)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if CPU_MAX.is_file():
         quota, period = CPU_MAX.read_text().split()
@@ -530,8 +533,8 @@ def num_cores():
 
 
 def claim(folder):
-    """A lock on a run's folder while what is returned is open. Raises ValueError where another
-    process holds it. Without POSIX locks nothing is locked."""
+    """Locks a run's folder until the file that is returned is closed. Raises ValueError where
+    another process holds the lock. Without POSIX locks nothing is locked."""
     lock = (folder / "lock").open("a")
     try:
         import fcntl

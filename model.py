@@ -517,7 +517,8 @@ class IVPT(Method):
             concept.prototypes.copy_(cluster_prototypes(*regions, K, args.seed))
 
     def sample_regions(self, dataset, seed):
-        layers, radius2 = sample_patches(self.backbone, len(self.concepts), dataset, seed)
+        unchanged = [nn.Identity() for _ in self.concepts]
+        layers, radius2 = sample_patches(self.backbone, dataset, seed, unchanged)
         return [(e, *find_foreground(e, radius2, seed)) for e in layers]
 
 
@@ -527,10 +528,10 @@ MAX_IMAGES, MAX_PATCHES = 1000, 200_000  # so all of 1,000 images of 14 x 14 pat
 
 
 @torch.no_grad()
-def sample_patches(backbone, num_layers, dataset, seed, transform=None):
+def sample_patches(backbone, dataset, seed, transforms):
     """Patches of up to 1,000 images -> (n, D) for each concept layer, and their radius2 (n).
 
-    transform(l, patches (B, N, D)): what the prototypes of layer l meet instead of the patches.
+    transforms: for each layer a function of patches (B, N, D), what its prototypes meet instead.
     radius2 is a patch's squared distance from the middle of its image: 1 at an edge, 2 in a corner.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -539,14 +540,13 @@ def sample_patches(backbone, num_layers, dataset, seed, transform=None):
     y, x = (torch.linspace(-1, 1, side) for side in backbone.grid)
     grid_radius2 = (y[:, None] ** 2 + x ** 2).flatten()  # (N)
     device = backbone.cls_token.device
-    samples, radius2 = [[] for _ in range(num_layers)], []
+    samples, radius2 = [[] for _ in transforms], []
     for images, *_ in DataLoader(dataset, 16, sampler=chosen):
         kept = torch.randperm(len(grid_radius2), generator=generator)[:per_image]
         radius2.append(grid_radius2[kept].repeat(len(images)))
-        for l, e in enumerate(backbone.last_patches(images.to(device), num_layers)):
-            if transform is not None:
-                e = transform(l, e)
-            samples[l].append(e[:, kept].float().flatten(0, 1))
+        patches = backbone.last_patches(images.to(device), len(transforms))
+        for sample, transform, e in zip(samples, transforms, patches):
+            sample.append(transform(e)[:, kept].float().flatten(0, 1))
     return [torch.cat(sample) for sample in samples], torch.cat(radius2).to(device)
 
 

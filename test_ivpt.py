@@ -972,8 +972,8 @@ def test_data_every_picture_counts_once_with_the_label_of_its_own_folder(tmp_pat
     assert names == [("ant", "0.jpg"), ("ant", "1.PNG"), ("ant", "linked.png"),
                      ("zebra 1", "0.jpg"), ("zebra 1", "1.PNG"), ("zebra 1", "2.png")]
     out = capsys.readouterr().out
-    assert "4 link to a folder that is counted already" in out
-    assert "1 link to an image that is counted already" in out
+    assert "4 link to a folder that is counted anyway" in out
+    assert "1 link to an image of this folder" in out
 
 
 def test_data_names_of_classes_that_look_equal(tmp_path):
@@ -1011,6 +1011,7 @@ def test_data_validation_takes_every_fourth_image_of_each_class(tmp_path):
     (lambda f: write(f / "parts/part_locs.txt", "17 2 1 two 1"), "3 finite numbers in 17 2 1 two"),
     (lambda f: write(f / "image_class_labels.txt", "17 4", "14 3", "11 3", "8 3"), "'4'"),
     (lambda f: write(f / "train_test_split.txt", "17 0", "14 0", "11 0", "8 0"), "no image for"),
+    (lambda f: write(f / "train_test_split.txt", "17 1", "14 1", "11 0", "8 2"), "together at '2'"),
     (lambda f: [shutil.rmtree(f), write_classes(f), write(f / "val/gnu/0.jpg")], "val/gnu"),
     (lambda f: [shutil.rmtree(f), write(f / "train/gnu/0.jpg")], "no class has images in train/"),
 ])
@@ -1038,6 +1039,9 @@ def test_data_find_takes_cub_where_it_is_and_downloads_it_where_not(tmp_path, mo
     folder = data.find("cub", tmp_path)
     assert folder == tmp_path / "CUB_200_2011" == data.find("cub", folder)
     assert not (tmp_path / "CUB_unpacking").exists()
+    (folder / "train_test_split.txt").unlink()  # an archive that was unpacked in half
+    with one_line(FileNotFoundError, f"{folder} lacks train_test_split.txt; remove it"):
+        data.find("cub", tmp_path)
     with one_line(FileNotFoundError, "--data cap: no such folder"):
         data.find("cap", tmp_path)
 

@@ -423,7 +423,7 @@ def train(args):
     if not args.resume:
         check_model(args)
     out = open_run_folder(args)
-    lock = data.claim(out) if os.environ.get("RANK", "0") == "0" else None
+    lock = data.claim(out) if os.environ.get("RANK", "0") == "0" else None  # held to the end
     last, log = out / "last.pt", out / "log.jsonl"
     use_cores(args)
     device = data.local_device(args.device)

@@ -23,16 +23,17 @@ def count_votes(model, images, amp):
     correct = correct_without = 0
     margin = margin_of_cls = 0.0
     for batch, labels, *_ in tqdm(DataLoader(images, 32), leave=False, disable=None):
-        votes = evaluate.forward(model, batch, amp=amp).concept_logits.cpu()  # (B, V, C)
-        votes = votes / votes.shape[1]
-        of_concepts = votes[:, :-1].sum(1)
-        of_cls = votes[:, -1]
-        logits = of_concepts + of_cls
+        scores = evaluate.forward(model, batch, amp=amp).concept_logits.cpu()  # (B, V, C)
+        of_concepts = scores[:, :-1].sum(1)
+        of_cls = scores[:, -1]
+        logits = of_concepts + of_cls  # V times the model's
         correct += (logits.argmax(1) == labels).sum().item()
         correct_without += (of_concepts.argmax(1) == labels).sum().item()
         likeliest = logits.topk(2, dim=1).indices
-        margin -= logits.gather(1, likeliest).diff(dim=1).sum().item()
-        margin_of_cls -= of_cls.gather(1, likeliest).diff(dim=1).sum().item()
+        first, second = logits.gather(1, likeliest).unbind(1)
+        margin += (first - second).sum().item()
+        first, second = of_cls.gather(1, likeliest).unbind(1)
+        margin_of_cls += (first - second).sum().item()
     n = len(images)
     return 100 * correct / n, 100 * correct_without / n, 100 * margin_of_cls / margin
 

@@ -30,10 +30,11 @@ def explain(model, image, class_names, amp=False, names=None):
     """image (3, S, S) normalised -> Explanation. names: concept_names of every layer.
 
     A concept's vote is its score for the likeliest class minus its score for the second, divided by
-    the number of concepts that vote. A positive vote speaks for the likeliest class. The votes sum
-    to the margin between the two logits. If the concepts of all layers vote, the ten strongest
-    votes are listed and the others summed. If every class has prototypes of its own, those of all
-    other classes count as one vote.
+    the number of votes. A positive vote speaks for the likeliest class. The votes sum to the margin
+    between the two logits. If the concepts of all layers vote, the ten strongest votes are listed
+    and the others summed; a vote of cls, of --method parts-cls, is listed last. If every class has
+    prototypes of its own, those of all other classes count as one vote. A concept that wins no
+    patch of the image may vote, too; its name says that it is absent.
     """
     output = evaluate.forward(model, image[None], amp=amp)
     logits = output.logits[0].float()
@@ -49,25 +50,28 @@ def explain(model, image, class_names, amp=False, names=None):
     if output.concept_logits is not None:
         scores = output.concept_logits[0].float()  # (concepts that vote, C)
         values = (scores[:, winner] - scores[:, runner_up]) / len(scores)
-        votes = concept_votes(values.tolist(), colours, names)
+        votes = concept_votes(values.tolist(), maps, colours, names)
         if model.class_specific:
             margin = (logits[winner] - logits[runner_up]).item()
             votes.append(("prototypes of other classes", margin - total(votes), GREY))
     return Explanation(classes, votes, maps, colours)
 
 
-def concept_votes(values, colours, names):
+def concept_votes(values, maps, colours, names):
     """values: votes of the concepts of all layers, or of the last layer's -> (name, vote, colour).
     """
     all_layers = len(values) > len(colours[-1])
     concepts = []  # of every layer: (name, colour)
     for l, layer in enumerate(colours):
+        winners = maps[l].argmax(0)  # (h, w)
         for k, colour in enumerate(layer):
             name = f"concept {k + 1}"
             if all_layers:
                 name = f"layer {l + 1}, {name}"
             if names and names[l][k]:
                 name += f", {names[l][k]}"
+            if not (winners == k).any():
+                name += ", absent here"
             concepts.append((name, colour))
     voters = concepts[-len(values):]
     votes = [(name, vote, colour) for (name, colour), vote in zip(voters, values)]

@@ -223,7 +223,8 @@ def test_votes_of_one_layer_or_of_all_sum_to_the_margin(method):
     for (name, vote, colour), i in zip(found.votes, order):
         l, k = concepts[i]
         layer = "" if method == "ivpt" else f"layer {l + 1}, "
-        assert name == f"{layer}concept {k + 1}, part {l}.{k}"
+        absent = "" if (output.attention[l][0].argmax(0) == k).any() else ", absent here"
+        assert name == f"{layer}concept {k + 1}, part {l}.{k}{absent}"
         assert vote == pytest.approx(expected[i].item(), abs=1e-5)
         assert colour == found.colours[l][k]
     parents = [groups[0].argmax(1).tolist() for groups in output.groups]

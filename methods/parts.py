@@ -1,4 +1,4 @@
-"""Parts: cluster once, then vote. Ours, not the paper's; how it was found: docs/tuned.md.
+"""Parts: cluster once, then vote. Ours, not the paper's; how it was found: docs/ours.md.
 
     python train.py --method parts
     python train.py --data FOLDER --image-size 224 --method parts
@@ -6,7 +6,7 @@
 Concepts are k-means clusters of the frozen ViT's patches. They are found before the first step and
 never trained: no prompt, no loss on maps. Each concept of all layers then votes for the classes, by
 weights of its own, and the mean decides. Letters in shapes are those of model.py; V is the number
-of all concepts that vote, the sum of K - 1 over the layers.
+of features that vote: the sum of K - 1 over the layers, and one more with cls.
 """
 import functools
 
@@ -22,19 +22,21 @@ from model import (
 class Clusters(nn.Module):
     """The K prototypes of a layer, the background last.
 
-    Prototypes meet patches relative to the object in their image. What all patches of an object
-    have in common, such as species and light, is gone; what is left tells its parts. The shares:
+    Prototypes are compared with patches relative to the object in their image. The mean of all its
+    patches, with much of species and light, is subtracted; what is left tells its parts. The
+    share of concept k in a patch, with a temperature that grows with the length of e:
 
         a_k = softmax over k of -|e - q_k|^2 / (2 sqrt(D))       e = relative(patches)
 
-    A concept's feature is the mean of the patches themselves over its region, weighted by a_k.
+    A concept's region are the patches in which its share is largest, and its feature is the mean of
+    the patches themselves over the region, weighted by a_k.
     """
 
     def __init__(self, K, width, grid):
         super().__init__()
         self.grid = grid
         self.register_buffer("prototypes", torch.zeros(K, width))
-        self.register_buffer("means", torch.zeros(2, width))  # directions: of objects, of all else
+        self.register_buffer("means", torch.zeros(2, width))  # of directions: objects, all else
 
     def directions(self, patches):
         """Patches (B, N, D), each averaged with its neighbours and brought to length sqrt(D)."""
@@ -45,10 +47,9 @@ class Clusters(nn.Module):
         return to_length(maps.flatten(2).transpose(1, 2))
 
     def relative(self, patches):
-        """Their directions less the mean over the image's object, at that length again.
-
-        The object is the set of patches nearer to the mean of objects than to that of all else. If
-        it is empty, nothing is subtracted.
+        """Patches (B, N, D) -> their directions less the mean over the image's object, at length
+        sqrt(D). The object are the patches nearer to the mean of objects than to that of all else.
+        Where there are none, nothing is subtracted.
         """
         e = self.directions(patches)
         nearest = torch.cdist(e, self.means).argmin(2, keepdim=True)
@@ -61,8 +62,8 @@ class Clusters(nn.Module):
     def forward(self, patches):
         """patches (B, N, D) -> attention (B, K, N), features of the concepts (B, K - 1, D).
 
-        An empty region's feature is 0, here and where the whitening is measured. So the vote of a
-        concept that is absent is a constant.
+        An empty region's feature is 0, here and where the whitening is measured. So the class
+        scores of a concept that is absent are constants.
         """
         D = patches.shape[2]
         with torch.autocast(patches.device.type, enabled=False):
@@ -73,10 +74,9 @@ class Clusters(nn.Module):
             a = logits.softmax(2).transpose(1, 2)
             K = a.shape[1]
             won = F.one_hot(a.argmax(1), K).mT  # by the first of the largest
-            region = won * a
-            region = region[:, :-1]  # of the concepts
-            mass = region.sum(2, keepdim=True)  # (B, K - 1, 1)
-            features = region @ patches / mass.clamp_min(1e-30)
+            weights = (won * a)[:, :-1]  # without the background
+            mass = weights.sum(2, keepdim=True)  # (B, K - 1, 1)
+            features = weights @ patches / mass.clamp_min(1e-30)
         return a, features
 
 
@@ -105,12 +105,12 @@ class Votes(nn.Module):
         shrinkage: of the covariance, towards its mean variance times I."""
         self.mean.copy_(mean)
         identity = torch.eye(mean.shape[1]).to(mean)
-        for v, found in enumerate(covariance):
-            variance = found.diagonal().mean()
-            if variance < 1e-8:  # a concept without patches has no vote
+        for v, measured in enumerate(covariance):
+            variance = measured.diagonal().mean()
+            if variance < 1e-8:  # constant, as where a concept never wins a patch: no vote
                 self.whitening[v] = 0
                 continue
-            shrunk = (1 - shrinkage) * found + shrinkage * variance * identity
+            shrunk = (1 - shrinkage) * measured + shrinkage * variance * identity
             values, vectors = torch.linalg.eigh(shrunk)
             self.whitening[v] = vectors / values.clamp_min(1e-8).sqrt()
 
@@ -120,16 +120,17 @@ def to_length(x):
     return F.normalize(x, dim=-1) * x.shape[-1] ** 0.5
 
 
-def within_classes(sums, squares, counts):
-    """Features of n images: their sums for each class (C, V, D), the sum of f f^T (V, D, D), images
-    of each class (C) -> their mean (V, D), and the covariance within the classes (V, D, D). With
-    less than two images a class it is the covariance of all: one image does not vary."""
+def within_classes(sums, products, counts):
+    """Features f of n images: sums (C, V, D) and numbers of images (C) of the classes, products
+    (V, D, D), the sum of f f^T over all -> the mean of all (V, D), and the covariance within
+    classes (V, D, D). If n is below twice the number of classes that have images, they count as
+    one: an image alone does not vary."""
     n = counts.sum()
     if n < 2 * (counts > 0).sum():
         sums, counts = sums.sum(0, keepdim=True), n[None]
     centres = sums / counts.clamp(min=1)[:, None, None]
-    between = torch.einsum("cvd,cve->vde", sums, centres)
-    return sums.sum(0) / n, (squares - between) / n
+    of_centres = torch.einsum("cvd,cve->vde", sums, centres)
+    return sums.sum(0) / n, (products - of_centres) / n
 
 
 class Parts(Method):
@@ -138,15 +139,15 @@ class Parts(Method):
     prototypes: how many each layer has, the background counted.
     Output: concept_logits (B, V, C), of the concepts of all layers; attention without smoothing;
     groups the same for every image: a fine concept belongs to the coarse one with which it shares
-    most patches of the training images; nothing fused; features (B, G, D), the last layer's.
+    most patches of the training images; nothing fused; features (B, G, D), the last layer's, whitened.
     """
 
     accepts = ("prototypes",)
     rates = dict(lr=1e-2, epochs=8)
     augmented = False  # turned and shifted training views cost 3 points of accuracy
-    decay = 0.5  # of the votes
-    shrinkage = 0.1  # of a covariance, towards its mean variance times I
-    cls_votes = False
+    decay = 0.5  # of the weights of votes, as in AdamW
+    shrinkage = 0.1  # see Votes.whiten
+    cls_votes = False  # whether the cls token has a vote, too
 
     def __init__(self, backbone, num_classes, prototypes=PROTOTYPES):
         super().__init__(backbone)
@@ -160,21 +161,21 @@ class Parts(Method):
         self.prototypes = tuple(prototypes)
         D = backbone.width
         self.layers = nn.ModuleList(Clusters(K, D, self.grid) for K in self.prototypes)
-        V = sum(K - 1 for K in self.prototypes)
-        self.votes = Votes(V + self.cls_votes, D, num_classes)
-        # Of every fine concept, layer by layer, the coarse one to which it belongs: below G.
+        V = sum(K - 1 for K in self.prototypes) + self.cls_votes
+        self.votes = Votes(V, D, num_classes)
+        # Of every fine concept, layer after layer, the coarse one to which it belongs, 0 to G - 1.
         num_fine = sum(K - 1 for K in self.prototypes[:-1])
         self.register_buffer("parents", torch.zeros(num_fine, dtype=torch.long))
 
     def read(self, images):
-        """images -> attention (B, K, N) of each layer, the features (B, V, D) that vote: a
-        LayerNorm makes them equally long."""
+        """images -> attention (B, K, N) of each layer, the features (B, V, D) that vote, after a
+        LayerNorm without weights. That of a concept which is absent stays 0."""
         tokens = self.backbone.last_tokens(images, len(self.layers))
         attention, features = [], []
         for layer, t in zip(self.layers, tokens):
-            a, means = layer(t[:, self.backbone.prefix:])
+            a, f = layer(t[:, self.backbone.prefix:])
             attention.append(a)
-            features.append(means)
+            features.append(f)
         if self.cls_votes:
             cls = tokens[-1][:, :1]
             features.append(to_float32(cls))
@@ -194,11 +195,9 @@ class Parts(Method):
 
     def groups(self, B):
         """For each layer but the last (B, K - 1, G): one-hot, the same for every image."""
-        G = self.prototypes[-1] - 1
-        one_hot = F.one_hot(self.parents, G).float()
+        one_hot = F.one_hot(self.parents, self.prototypes[-1] - 1).float()
         num_fine = [K - 1 for K in self.prototypes[:-1]]
-        layers = one_hot.split(num_fine) if num_fine else ()
-        return [groups.expand(B, -1, -1) for groups in layers]
+        return [layer.expand(B, -1, -1) for layer in one_hot.split(num_fine)]
 
     def losses(self, images, labels, theta):
         """Cross entropy alone."""
@@ -218,9 +217,9 @@ class Parts(Method):
             K = len(layer.prototypes)
             layer.prototypes.copy_(cluster_prototypes(*regions, K, args.seed))
 
-        # Of the features: sums for each class (C, V, D), and of their products (V, D, D).
-        sums, squares, counts = 0.0, 0.0, 0  # and numbers of images (C)
-        shared = [0.0 for _ in self.layers]  # patches of a concept and one of the last layer
+        # As in within_classes; and patches that a concept shares with each of the last layer's.
+        sums, products, counts = 0.0, 0.0, 0.0
+        shared = [0.0 for _ in self.prototypes[:-1]]
         num_classes = self.votes.weight.shape[2]
         for images, labels, *_ in DataLoader(dataset, 16):
             images = images.to(self.parents.device)
@@ -229,52 +228,45 @@ class Parts(Method):
             features = features.double()
             is_class = F.one_hot(labels, num_classes).to(features)  # (B, C)
             sums += torch.einsum("bc,bvd->cvd", is_class, features)
-            squares += torch.einsum("bvd,bve->vde", features, features)
+            products += torch.einsum("bvd,bve->vde", features, features)
             counts += is_class.sum(0)
             owners = []  # (B, N, K), one-hot: whose each patch is
             for a in attention:
                 owner = F.one_hot(a.argmax(1), a.shape[1])
                 owners.append(owner.float())
-            for l, owner in enumerate(owners):
+            for l, owner in enumerate(owners[:-1]):
                 shared[l] += torch.einsum("bnk,bng->kg", owner, owners[-1])
 
-        mean, covariance = within_classes(sums, squares, counts)
+        mean, covariance = within_classes(sums, products, counts)
         self.votes.whiten(mean, covariance, self.shrinkage)
-        if self.cls_votes:
-            self.votes.whitening[-1] *= len(self.votes.mean) / len(self.layers)
-        parents = [patches[:-1, :-1].argmax(1) for patches in shared[:-1]]
+        if self.cls_votes:  # longer, as if it stood for the concepts of a layer
+            self.votes.whitening[-1] *= len(mean) / len(self.layers)
+        parents = [patches[:-1, :-1].argmax(1) for patches in shared]
         if parents:
             self.parents.copy_(torch.cat(parents))
 
     def sample_regions(self, dataset, seed):
-        """Objects are found in directions. Their means, which this sets, make the same patches
-        relative, in a second pass."""
-        def directions(l, patches):
-            return self.layers[l].directions(patches)
-
-        def relative(l, patches):
-            return self.layers[l].relative(patches)
-
-        sample = functools.partial(
-            sample_patches, self.backbone, len(self.layers), dataset, seed)
-        layers, radius2 = sample(directions)
+        """As in Method; sets the two means of each layer. Objects are found in directions, in a
+        first pass; their means make the same patches relative, in a second."""
+        sample = functools.partial(sample_patches, self.backbone, dataset, seed)
+        layers, radius2 = sample([layer.directions for layer in self.layers])
         masks = []
         for layer, e in zip(self.layers, layers):
             foreground, background = find_foreground(e, radius2, seed)
             layer.means[0] = e[foreground].mean(0)
             layer.means[1] = e[~foreground].mean(0)
             masks.append((foreground, background))
-        del layers, e  # large
-        layers, _ = sample(relative)
+        del layers, e  # large: not both samples at once
+        layers, _ = sample([layer.relative for layer in self.layers])
         return [(e, *mask) for e, mask in zip(layers, masks)]
 
 
 class PartsAndCls(Parts):
     """Parts with a further vote, of the cls token, which no region explains.
 
-    It is the last of concept_logits (B, V, C), and weighs as much as the concepts of a layer do
-    together. explore/explain.py shows it apart from theirs; explore/cls_vote.py says how much of
-    all decisions it makes, and how accurate the concepts' votes are without it.
+    Its class scores are the last of concept_logits (B, V, C). explore/explain.py shows its vote
+    apart from the concepts'; explore/cls_vote.py says how much of the margin it makes in all, and
+    how accurate the others are without it.
     """
 
     cls_votes = True
