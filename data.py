@@ -235,9 +235,10 @@ def class_images(folder):
 
 
 # ---- 3. From a file to a tensor ------------------------------------------------------------------
+# From an orientation in EXIF to what makes the image upright.
 TURN = Image.Transpose
 TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE,
-         6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # EXIF orientation -> what makes upright
+         6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
 
 
 def read_image(path, upright=False):

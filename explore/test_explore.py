@@ -336,9 +336,10 @@ def test_how_much_the_vote_of_cls_decides(birds, tmp_path, capsys):
     assert found == pytest.approx([float(x) for x in expected], abs=0.06)
     explain.main(["--ckpt", str(ckpt), "--out", str(tmp_path), str(images.files[0])])
     assert len(re.findall("the cls token, which no region", capsys.readouterr().out)) == 1
-    _, ckpt = new_run(birds, tmp_path, "--method", "parts")
-    with pytest.raises(ValueError, match=r"\A[^\n]*of --method parts, expected parts-cls[^\n]*\Z"):
-        cls_vote.main(["--ckpt", str(ckpt)])
+    for method in ("parts", "vpt-deep"):
+        _, ckpt = new_run(birds, tmp_path, "--method", method)
+        with pytest.raises(ValueError, match=r"\A[^\n]*no vote of cls; expected [^\n]*\Z"):
+            cls_vote.main(["--ckpt", str(ckpt)])
 
 
 @pytest.mark.parametrize("start", ["noise", "clusters"])

@@ -73,8 +73,10 @@ class Clusters(nn.Module):
             logits = -distances / (2 * D ** 0.5)
             a = logits.softmax(2).transpose(1, 2)
             K = a.shape[1]
-            won = F.one_hot(a.argmax(1), K).mT  # by the first of the largest
-            weights = (won * a)[:, :-1]  # without the background
+            owner = a.argmax(1)  # the first of the largest
+            won = F.one_hot(owner, K).mT
+            weights = won * a
+            weights = weights[:, :-1]  # without the background
             mass = weights.sum(2, keepdim=True)  # (B, K - 1, 1)
             features = weights @ patches / mass.clamp_min(1e-30)
         return a, features
@@ -96,7 +98,8 @@ class Votes(nn.Module):
     def forward(self, features):
         """features (B, V, D) -> the same whitened, and class scores (B, V, C)."""
         with torch.autocast(features.device.type, enabled=False):
-            z = torch.einsum("bvd,vde->bve", features - self.mean, self.whitening)
+            centred = features - self.mean
+            z = torch.einsum("bvd,vde->bve", centred, self.whitening)
             scores = torch.einsum("bvd,vdc->bvc", z, self.weight)
         return z, scores
 
@@ -110,7 +113,8 @@ class Votes(nn.Module):
             if variance < 1e-8:  # constant, as where a concept never wins a patch: no vote
                 self.whitening[v] = 0
                 continue
-            shrunk = (1 - shrinkage) * measured + shrinkage * variance * identity
+            shrunk = (1 - shrinkage) * measured
+            shrunk += shrinkage * variance * identity
             values, vectors = torch.linalg.eigh(shrunk)
             self.whitening[v] = vectors / values.clamp_min(1e-8).sqrt()
 
@@ -128,9 +132,11 @@ def within_classes(sums, products, counts):
     n = counts.sum()
     if n < 2 * (counts > 0).sum():
         sums, counts = sums.sum(0, keepdim=True), n[None]
-    centres = sums / counts.clamp(min=1)[:, None, None]
+    sizes = counts.clamp(min=1)
+    centres = sums / sizes[:, None, None]
     of_centres = torch.einsum("cvd,cve->vde", sums, centres)
-    return sums.sum(0) / n, (products - of_centres) / n
+    covariance = (products - of_centres) / n
+    return sums.sum(0) / n, covariance
 
 
 class Parts(Method):
@@ -139,7 +145,8 @@ class Parts(Method):
     prototypes: how many each layer has, the background counted.
     Output: concept_logits (B, V, C), of the concepts of all layers; attention without smoothing;
     groups the same for every image: a fine concept belongs to the coarse one with which it shares
-    most patches of the training images; nothing fused; features (B, G, D), the last layer's, whitened.
+    most patches of the training images; nothing fused; features (B, G, D), those of the last layer,
+    whitened.
     """
 
     accepts = ("prototypes",)
@@ -161,7 +168,8 @@ class Parts(Method):
         self.prototypes = tuple(prototypes)
         D = backbone.width
         self.layers = nn.ModuleList(Clusters(K, D, self.grid) for K in self.prototypes)
-        V = sum(K - 1 for K in self.prototypes) + self.cls_votes
+        num_concepts = sum(K - 1 for K in self.prototypes)
+        V = num_concepts + self.cls_votes
         self.votes = Votes(V, D, num_classes)
         # Of every fine concept, layer after layer, the coarse one to which it belongs, 0 to G - 1.
         num_fine = sum(K - 1 for K in self.prototypes[:-1])
@@ -173,7 +181,8 @@ class Parts(Method):
         tokens = self.backbone.last_tokens(images, len(self.layers))
         attention, features = [], []
         for layer, t in zip(self.layers, tokens):
-            a, f = layer(t[:, self.backbone.prefix:])
+            patches = t[:, self.backbone.prefix:]
+            a, f = layer(patches)
             attention.append(a)
             features.append(f)
         if self.cls_votes:
@@ -226,13 +235,15 @@ class Parts(Method):
             with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
                 attention, features = self.read(images)
             features = features.double()
-            is_class = F.one_hot(labels, num_classes).to(features)  # (B, C)
+            is_class = F.one_hot(labels, num_classes)
+            is_class = is_class.to(features)  # (B, C)
             sums += torch.einsum("bc,bvd->cvd", is_class, features)
             products += torch.einsum("bvd,bve->vde", features, features)
             counts += is_class.sum(0)
             owners = []  # (B, N, K), one-hot: whose each patch is
             for a in attention:
-                owner = F.one_hot(a.argmax(1), a.shape[1])
+                K = a.shape[1]
+                owner = F.one_hot(a.argmax(1), K)
                 owners.append(owner.float())
             for l, owner in enumerate(owners[:-1]):
                 shared[l] += torch.einsum("bnk,bng->kg", owner, owners[-1])
@@ -241,9 +252,11 @@ class Parts(Method):
         self.votes.whiten(mean, covariance, self.shrinkage)
         if self.cls_votes:  # longer, as if it stood for the concepts of a layer
             self.votes.whitening[-1] *= len(mean) / len(self.layers)
-        parents = [patches[:-1, :-1].argmax(1) for patches in shared]
-        if parents:
-            self.parents.copy_(torch.cat(parents))
+        parents = [self.parents[:0]]
+        for patches in shared:
+            of_concepts = patches[:-1, :-1]
+            parents.append(of_concepts.argmax(1))
+        self.parents.copy_(torch.cat(parents))
 
     def sample_regions(self, dataset, seed):
         """As in Method; sets the two means of each layer. Objects are found in directions, in a

@@ -623,7 +623,8 @@ def test_parts_shrink_a_covariance_before_they_whiten():
         torch.testing.assert_close(W.T @ shrunk @ W, torch.eye(5), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("labels, within", [([0, 0, 0, 2, 2, 2], True), ([0, 1, 2, 3, 4, 5], False)])
+@pytest.mark.parametrize("labels, within", [
+    ([0, 0, 0, 2, 2, 2], True), ([0, 1, 2, 3, 4, 5], False)])
 def test_the_covariance_within_classes(labels, within):
     x, labels = torch.randn(6, 2, 4).double(), torch.tensor(labels)
     counts = torch.bincount(labels, minlength=7).double()  # some classes have no image
