@@ -5,7 +5,6 @@
 import itertools
 import json
 import math
-import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -25,6 +24,8 @@ import train
 from explore import explain, gallery
 from methods import METHODS, parts, protopnet
 from prepare import toy_birds
+from test_ivpt import torchrun
+from test_ivpt import reached as reached_parameters
 
 RATES = SimpleNamespace(lr=1.0, lr_prototypes=2.0, lr_bias=3.0, lr_fusion=5.0)
 THETA = torch.eye(2, 3)
@@ -50,11 +51,8 @@ def tiny(method, classes=3, **changes):
 
 
 def reached(model, scalar):
-    """Names of the parameters that a scalar's gradient reaches, without the ends of the names."""
-    model.zero_grad(set_to_none=True)
-    scalar.backward(retain_graph=True)
-    names = [n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()]
-    return {name.split(".")[0] for name in names}
+    """The modules and parameters of a model that a scalar's gradient reaches."""
+    return {name.split(".")[0] for name in reached_parameters(model, scalar)}
 
 
 # ---------------------------------------------------------------- VPT-Deep
@@ -875,7 +873,7 @@ def test_every_method_resumes_is_evaluated_drawn_and_explained(
     for name, value in first["model"].items():
         assert torch.equal(second["model"][name], value), name
     lines = (run / "log.jsonl").read_text().splitlines()
-    assert len(lines) == 2 and all(json.loads(line)["loss"] is not None for line in lines)
+    assert len(lines) == 2 and all(math.isfinite(json.loads(line)["loss"]) for line in lines)
 
     ckpt = ["--ckpt", str(run / "last.pt")]
     evaluate.main([*ckpt, "--visualize", str(tmp_path / "pictures")])
@@ -885,54 +883,40 @@ def test_every_method_resumes_is_evaluated_drawn_and_explained(
     assert (tmp_path / "pictures" / "index.html").is_file()
     capsys.readouterr()
     evaluate.main([*ckpt, "--image", str(next(birds.rglob("*.jpg")))])
-    assert "votes" in capsys.readouterr().out and len(list((run / "explained").iterdir())) == 1
+    without_votes = "no votes" in capsys.readouterr().out
+    assert without_votes == (method in ("vpt-deep", "e2vpt", "gated-vpt", "prompt-cam"))
+    assert len(list((run / "explained").iterdir())) == 1
 
 
-RUNNER = """import os
-import sys
-sys.path.insert(0, {root!r})
-import torch.distributed
-import torch.multiprocessing
-import train
-from methods import METHODS
+@pytest.mark.parametrize("method", METHODS)
+def test_the_gradient_of_a_batch_is_the_mean_of_its_halves(method, monkeypatch):
+    """So several processes, whose gradients are averaged, train like one; presence left out."""
+    monkeypatch.setattr(F, "gumbel_softmax", lambda logits, **_: logits.softmax(-1))
+    monkeypatch.setattr(train, "presence", lambda A: 0 * A.sum())
+    model, images = tiny(method).train(), torch.randn(4, 3, 40, 40)
+    labels, gradients = torch.tensor([0, 1, 2, 1]), []
+    for part in (slice(None), slice(2), slice(2, None)):
+        model.zero_grad()
+        losses, _ = model.losses(images[part], labels[part], THETA)
+        losses["loss"].backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    whole, first, second = gradients
+    assert whole.keys() == first.keys() == second.keys()
+    for name, expected in whole.items():
+        found = (first[name] + second[name]) / 2
+        assert (found - expected).norm() <= 1e-3 * expected.norm() + 1e-7, name
 
-torch.nn.functional.gumbel_softmax = lambda logits, **_: logits.softmax(-1)
-train.data.sample_affine = lambda: torch.tensor([[0.0, 1, 0], [-1, 0, 0]])
-train.presence = lambda A: 0 * A.sum()
-train.evaluate.evaluate = lambda *_, **__: {{}}
+
+TRAIN = """import train
+train.evaluate.evaluate = lambda *_, **__: {}
 train.evaluate.table = str
-
-
-def train_all(rank, world, out):
-    if world > 1:
-        torch.distributed.init_process_group(
-            "gloo", init_method="file://" + out + "meeting", rank=rank, world_size=world)
-    train.data.start_processes = lambda device: (rank, world)
-    os.environ["RANK"] = str(rank)
-    for method in METHODS:
-        words = [*sys.argv[2:], *{few}.get(method, []), "--method", method, "--out", out + method]
-        train.train(train.parse(words))
-
-
-for world, name in ((1, "alone_"), (2, "two_")):
-    torch.multiprocessing.start_processes(
-        train_all, (world, sys.argv[1] + name), world, start_method="fork")
+train.train(train.parse())
 """
 
 
-def test_a_step_of_two_processes_is_that_of_one(birds, tmp_path):
-    """Over gloo; presence left out, nothing random: then the gradient is the same, which after a
-    single step is Adam's first moment."""
-    runner = tmp_path / "run.py"
-    runner.write_text(RUNNER.format(root=str(ROOT), few=FEW))
-    words = [sys.executable, runner, f"{tmp_path}/", "--data", birds, *SMALL,
-             "--batch-size", 20, "--epochs", 1, "--no-amp"]
-    subprocess.run([str(word) for word in words], check=True, capture_output=True)
-    for method in METHODS:
-        alone, two = (torch.load(tmp_path / (name + method) / "last.pt", weights_only=True)
-                      for name in ("alone_", "two_"))
-        assert two["optimizer"]["state"], method
-        for i, state in two["optimizer"]["state"].items():
-            expected = alone["optimizer"]["state"][i]["exp_avg"]
-            close = 1e-3 * expected.abs().max().item() + 1e-8  # rounding
-            torch.testing.assert_close(state["exp_avg"], expected, rtol=1e-3, atol=close)
+def test_two_processes_agree_on_what_an_epoch_changes(birds, tmp_path):
+    """E2VPT prunes its prompts after the first epoch, in every process."""
+    words = ["--data", birds, *SMALL, "--batch-size", 10, "--method", "e2vpt", "--no-amp"]
+    torchrun(TRAIN, *words, "--out", tmp_path)
+    model, checkpoint = ivpt.load_checkpoint(tmp_path / "last.pt")
+    assert checkpoint["epoch"] == 2 and not model.mask.all()

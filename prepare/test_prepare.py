@@ -126,6 +126,7 @@ def test_the_toy_vit_learns_species_and_pixels(tmp_path, monkeypatch, capsys):
     unmoved = {name for name, p in backbone.named_parameters() if torch.equal(p, before[name])}
     assert unmoved == {"mask_token"}
     assert not backbone.training and not any(p.requires_grad for p in backbone.parameters())
+    assert dataset.epoch == 5  # every epoch has views of its own
     assert len(errors) == 6 * 5 and sum(errors[-5:]) < 0.8 * sum(errors[:5])
     lines = capsys.readouterr().out.splitlines()  # also where no terminal shows a progress bar
     assert len(lines) == 6 and "epoch 6 of 6: loss" in lines[5]
