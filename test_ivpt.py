@@ -76,6 +76,8 @@ import train
 ROOT = Path(__file__).resolve().parent
 SHARED = ROOT.parent / "shared"  # 40 real classes of CUB and a real ViT-Tiny
 torch.set_num_threads(1)  # torch may have been imported before
+STARTS_OF_KMEANS = ivpt.kmeans.__defaults__
+ivpt.kmeans.__defaults__ = (2,)  # else the start takes most of a small run
 
 
 def one_line(kind, *words):
@@ -548,6 +550,7 @@ def test_kmeans_finds_planted_clusters_and_serves_fewer_patches_than_centres():
     for patches, K in ((e, 5), (planted, 16)):
         centres = ivpt.kmeans(patches, K, seed=0)
         assert len(centres) == K and torch.cdist(planted, centres).amin(1).max() < 0.1
+    assert STARTS_OF_KMEANS == (20,)
     planted12 = 10 * torch.eye(12)  # one start alone misses some of so many
     e = planted12.repeat(40, 1) + torch.randn(480, 12, generator=generator)
     for starts, finds_all in ((1, False), (20, True)):
@@ -769,9 +772,9 @@ def test_kernels_compile_fullgraph(function):
 
 def interpreter_cases():
     """Odd shapes; placement of the bias, smoothing and wanted gradients run along."""
-    shapes = itertools.product((2, 5, 17, 33), (1, 7, 70, 196))
+    shapes = itertools.product((2, 5, 17, 33), (1, 7, 70, 130))
     for i, (K, N) in enumerate(shapes):
-        yield dict(B=1 if N > 100 else 3, N=N, D=(32, 192, 100, 72)[(i + i // 4) % 4], K=K,
+        yield dict(B=1 if N > 50 else 3, N=N, D=(32, 192, 100, 72)[(i + i // 4) % 4], K=K,
                    after=i % 2 == 0, smoothing=(0.0, 1e-6)[i // 2 % 2], detach=i % 3 == 2,
                    needed=SUBSETS[i % 7], seed=i)
     for i, kind in enumerate(("transposed", "empty", "huge", "ties")):
@@ -2196,15 +2199,15 @@ def test_a_run_is_the_loop_written_out(birds, tmp_path, monkeypatch):
 def test_a_run_with_pretraining_learns_and_another_seed_is_another_run(tmp_path):
     """As README's first command. The frozen ViT is the one that pretraining made."""
     from prepare import toy_birds, toy_vit
-    toy_birds.draw(tmp_path / "birds", num_train=4, num_test=2)
+    toy_birds.draw(tmp_path / "birds", num_train=4, num_test=1)
     words = [*TINY_RUN, "--data", str(tmp_path / "birds"), "--pretrain", "2", "--tune", "none",
              "--batch-size", "10"]
-    for seed, epochs in (("42", "4"), ("43", "1")):
+    for seed, epochs in (("42", "3"), ("43", "1")):
         out = str(tmp_path / seed)
         train.train(train.parse([*words, "--seed", seed, "--epochs", epochs, "--out", out]))
     first, *_, last = log_of(tmp_path / "42")
-    assert last["loss"] < first["loss"] - 0.3
-    assert last["classification"] < math.log(10) - 0.1  # chance, for ten classes
+    assert last["loss"] < first["loss"] - 0.2
+    assert last["classification"] < math.log(10) - 0.05  # chance, for ten classes
     assert log_of(tmp_path / "43")[0]["loss"] != first["loss"]
     torch.manual_seed(42)
     backbone = ivpt.load_backbone("toy", 56)
@@ -2274,6 +2277,7 @@ def test_a_checkpoint_alone_is_a_run(birds, uncut, tmp_path):
 KILLED = """import os, signal, sys
 import torch
 import data, train
+train.ivpt.kmeans.__defaults__ = (2,)
 affine, replace, calls = data.sample_affine, os.replace, []
 where = ""
 def killed_in_a_step():
@@ -2393,6 +2397,8 @@ FIXED = """import torch, data, train
 torch.nn.functional.gumbel_softmax = lambda logits, **_: logits.softmax(-1)
 data.sample_affine = lambda: torch.tensor([[0.0, 1, 0], [-1, 0, 0]])
 train.presence = lambda A: 0 * A.sum()
+torch.nn.utils.clip_grad_norm_ = lambda parameters, norm: torch.ones(())
+train.ivpt.kmeans.__defaults__ = (2,)
 """
 TRAIN_AND_EVALUATE = FIXED + """import os, sys
 args = train.parse()
@@ -2406,15 +2412,16 @@ train.evaluate.main(["--ckpt", args.out + "/last.pt"])
 
 
 def test_two_processes_train_and_evaluate_like_one(birds, tmp_path, monkeypatch):
-    """As under torchrun, over gloo. Presence is left out, the affine map and the grouping are fixed:
-    then the gradient equals one process's. Rank 0 alone writes; the metrics equal one process's."""
+    """As under torchrun, over gloo. Presence and clipping are left out, affine map and grouping are
+    fixed: then the gradient, scale included, equals one process's; and so do the metrics."""
     run, alone = tmp_path / "run", tmp_path / "alone"
     root = shutil.copytree(birds, tmp_path / "birds")
     split = root / "CUB_200_2011" / "train_test_split.txt"
     split.write_text(split.read_text().replace(" 0\n", " 1\n", 1))  # 11 test images: 5 and 6
     words = [*TINY_RUN, "--data-root", root, "--epochs", 1, "--batch-size", 48, "--out"]
     torchrun(TRAIN_AND_EVALUATE, *words, run)
-    for module, name in ((F, "gumbel_softmax"), (data, "sample_affine"), (train, "presence")):
+    for module, name in ((F, "gumbel_softmax"), (data, "sample_affine"), (train, "presence"),
+                         (nn.utils, "clip_grad_norm_")):
         monkeypatch.setattr(module, name, getattr(module, name))  # puts them back at the end
     exec(FIXED, {})
     train.train(train.parse([str(word) for word in (*words, alone)]))
@@ -2474,15 +2481,15 @@ def documented(birds, uncut, tmp_path_factory):
 @pytest.mark.parametrize("words", documented_commands(), ids=" ".join)
 def test_a_documented_command_works(words, documented, monkeypatch):
     """On small data. What needs a network, a GPU or torchrun gets its options checked only."""
-    from explore import bench
+    from explore import bench, count_prototypes
     from prepare import toy_birds
     monkeypatch.chdir(documented)
     monkeypatch.setenv("HOME", str(documented))
     monkeypatch.setattr(bench, "SHAPES", [(1, 9, 16, 3)])
     monkeypatch.setattr(bench, "ROUNDS", 1)
     monkeypatch.setattr(bench, "WARM_UP", 0)
+    monkeypatch.setattr(count_prototypes, "MOST", 3)
     monkeypatch.setattr(toy_birds.draw, "__defaults__", (1, 1))
-    monkeypatch.setattr(ivpt.kmeans, "__defaults__", (1,))  # one start
     program, file, *options = words
     alone = program == "python"
     if not alone:

@@ -916,7 +916,7 @@ train.train(train.parse())
 
 def test_two_processes_agree_on_what_an_epoch_changes(birds, tmp_path):
     """E2VPT prunes its prompts after the first epoch, in every process."""
-    words = ["--data", birds, *SMALL, "--batch-size", 10, "--method", "e2vpt", "--no-amp"]
+    words = ["--data", birds, *SMALL, "--batch-size", 20, "--method", "e2vpt", "--no-amp"]
     torchrun(TRAIN, *words, "--out", tmp_path)
     model, checkpoint = ivpt.load_checkpoint(tmp_path / "last.pt")
     assert checkpoint["epoch"] == 2 and not model.mask.all()
