@@ -86,7 +86,7 @@ def one_line(kind, *words):
 
 
 # Processes start from a Python that has imported PyTorch, which takes seconds, and nothing of ours.
-PROCESSES = get_context("forkserver")
+PROCESSES = get_context("forkserver" if os.name == "posix" else "spawn")
 PROCESSES.set_forkserver_preload(["torch", "torch.distributed", "torchvision.transforms.v2"])
 CHILD = """import os, sys
 for fd, file in enumerate((stdout, stderr), start=1):
@@ -100,7 +100,7 @@ exec(code, {"__name__": "__main__"})
 
 
 class Script:
-    """Runs code as a Python of its own does, with these words as its command line."""
+    """Runs code in a process of its own, with these words as its command line."""
 
     def __init__(self, code, *words, cwd=ROOT, **environment):
         self.files = [Path(tempfile.mkdtemp(), name) for name in ("stdout", "stderr")]
@@ -2129,9 +2129,13 @@ DISTINCT_RATES = {  # the first pattern that fits decides
     "*": ("--lr", 1e-2)}
 
 
+def pattern_of(name):
+    return next(p for p in DISTINCT_RATES if fnmatch.fnmatch(name, p))
+
+
 def oracle_run(args, root, theta):
-    """IVPT's training: start, views, batches, losses, clipping, Adam, halved rates. -> the model
-    before and after, and mean losses of each epoch."""
+    """IVPT's training: start, views, batches, losses, clipping, Adam, halved rates.
+    -> state dicts of the model before and after, and the mean loss of each epoch."""
     views = [data.Images(root / "CUB_200_2011", "train", view, 56, args.seed)
              for view in ("train", "test")]
     torch.manual_seed(args.seed)
@@ -2141,51 +2145,49 @@ def oracle_run(args, root, theta):
     model.start(views[1], args)
     before = copy.deepcopy(model.state_dict())
     learners = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    rates, means, losses_of = {}, {name: (0.0, 0.0) for name in learners}, []
-    for name in learners:
-        pattern = next(p for p in DISTINCT_RATES if fnmatch.fnmatch(name, p))
-        rates[name] = DISTINCT_RATES[pattern][1] * (args.batch_size / 16) ** 0.5
-    step = 0
+    moments, step, mean_losses = {name: (0.0, 0.0) for name in learners}, 0, []
     for epoch in range(args.epochs):
-        views[0].epoch, losses_of_epoch = epoch, []
+        views[0].epoch, epoch_losses = epoch, []
+        halved = (args.batch_size / 16) ** 0.5 * 0.5 ** (epoch // 4)
         for batch in train.epoch_batches(48, args, epoch):
             images, labels, *_ = zip(*(views[0][i] for i in batch))
             losses, _ = model.losses(torch.stack(images), torch.tensor(labels), theta)
-            losses_of_epoch.append(losses["loss"].item())
+            epoch_losses.append(losses["loss"].item())
             found = torch.autograd.grad(losses["loss"], learners.values(), allow_unused=True)
             norm = sum(g.square().sum() for g in found if g is not None).sqrt()
             step += 1
             for (name, p), g in zip(learners.items(), found):
                 if g is not None:
                     g = g * min(1, 2 / norm)
-                    m, v = means[name]
-                    m, v = means[name] = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g ** 2
+                    m, v = moments[name]
+                    m, v = moments[name] = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g ** 2
                     m, v = m / (1 - 0.9 ** step), v / (1 - 0.999 ** step)
-                    p.data -= rates[name] * 0.5 ** (epoch // 4) * m / (v.sqrt() + 1e-8)
-        losses_of.append(np.mean(losses_of_epoch))
-    return before, model.state_dict(), losses_of
+                    _, rate = DISTINCT_RATES[pattern_of(name)]
+                    p.data -= rate * halved * m / (v.sqrt() + 1e-8)
+        mean_losses.append(np.mean(epoch_losses))
+    return before, model.state_dict(), mean_losses
 
 
 def test_a_run_is_the_loop_written_out(birds, tmp_path, monkeypatch):
     """Ten steps in five epochs, every rate another; the grouping's noise and the map are fixed."""
-    theta, noise, epochs = torch.tensor([[0.8, -0.6, 0.1], [0.6, 0.8, 0.0]]), [], []
+    theta, noise, maps = torch.tensor([[0.8, -0.6, 0.1], [0.6, 0.8, 0.0]]), [], []
 
     def without_noise(logits, tau):
         noise.append(torch.initial_seed())  # in training alone
         return logits.softmax(-1)
 
     monkeypatch.setattr(F, "gumbel_softmax", without_noise)
-    monkeypatch.setattr(data, "sample_affine", lambda: epochs.append(torch.initial_seed()) or theta)
+    monkeypatch.setattr(data, "sample_affine", lambda: maps.append(torch.initial_seed()) or theta)
     rates = itertools.chain(*DISTINCT_RATES.values())
     args = tiny_run(birds, tmp_path, "--epochs", 5, "--batch-size", 24, "--seed", 3, *rates)
     train.train(args)
     assert len(noise) == 10 * 2 * 2 and len(set(noise)) == 5  # two views, two fusions
-    assert len(epochs) == 10 and len(set(epochs)) == 5
+    assert len(maps) == 10 and len(set(maps)) == 5  # every epoch has a seed of its own
     before, expected, losses = oracle_run(args, birds, theta)
     found = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
     errors = {}  # a parameter alone may have no gradient but rounding errors
     for pattern in DISTINCT_RATES:
-        names = fnmatch.filter(expected, pattern)
+        names = [name for name in expected if pattern_of(name) == pattern]
         moved = sum((expected[name] - before[name]).square().sum() for name in names)
         wrong = sum((expected[name] - found[name]).square().sum() for name in names)
         errors[pattern] = (wrong / moved).sqrt().item()
