@@ -121,10 +121,11 @@ class Script:
 
 
 def torchrun(code, *words):
-    """The same in two processes, with the environment in which torchrun starts them."""
+    """The same in two processes on the CPU, in the environment in which torchrun starts them."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])  # a free one
-    together = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    together = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+                    CUDA_VISIBLE_DEVICES="")
     both = [Script(code, *words, RANK=rank, LOCAL_RANK=rank, **together) for rank in "01"]
     for process in both:
         process.end()
@@ -2422,6 +2423,7 @@ def test_two_processes_train_and_evaluate_like_one(birds, tmp_path, monkeypatch)
     split.write_text(split.read_text().replace(" 0\n", " 1\n", 1))  # 11 test images: 5 and 6
     words = [*TINY_RUN, "--data-root", root, "--epochs", 1, "--batch-size", 48, "--out"]
     torchrun(TRAIN_AND_EVALUATE, *words, run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for module, name in ((F, "gumbel_softmax"), (data, "sample_affine"), (train, "presence"),
                          (nn.utils, "clip_grad_norm_")):
         monkeypatch.setattr(module, name, getattr(module, name))  # puts them back at the end
