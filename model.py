@@ -525,6 +525,7 @@ class IVPT(Method):
 # ---------------------------------------------------------------- where the prototypes start
 # Objects are found in the patches of the unprompted ViT; no label, box or key point is read.
 MAX_IMAGES, MAX_PATCHES = 1000, 200_000  # so all of 1,000 images of 14 x 14 patches
+NUM_STARTS = 20  # of k-means
 
 
 @torch.no_grad()
@@ -577,11 +578,11 @@ def find_foreground(e, radius2, seed):
 def cluster_prototypes(e, foreground, background, K, seed):
     """A layer's entry of sample_regions -> K - 1 centres of the foreground and the background's
     mean, (K, D)."""
-    centres = kmeans(e[foreground], K - 1, seed)
+    centres = kmeans(e[foreground], K - 1, seed, NUM_STARTS)
     return torch.cat([centres, e[background].mean(0, keepdim=True)])
 
 
-def kmeans(e, K, seed, starts=20):
+def kmeans(e, K, seed, starts=NUM_STARTS):
     """Patches e (n, D) -> centres (K, D): the best of several starts on 10,000 of the patches,
     refined on all of them."""
     generator = torch.Generator().manual_seed(seed)

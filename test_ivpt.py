@@ -3,25 +3,30 @@
     python -m pytest                       # all tests; what needs a GPU or real data is skipped
     python -m pytest test_ivpt.py -k vit   # the tests of one thing
 
-An oracle is the paper's formula or a released program's protocol, written out once more: from the
-parameters alone, slow and in fp64. The code must agree with it.
+An oracle is the paper's formula or a released program's protocol, written out once more, patch by
+patch, image by image or step by step. The code must agree with it.
 
-    what is specified                                   its oracle           -k
-    the ViT, its names and files                        oracle_block         vit, loading
-    region discovery, spatial bias, pooling             oracle_regions       kernels_reference
-    grouping, coarse features, prompts, fused maps      oracle_fusion        fusion
-    the whole forward; ablations                        oracle_ivpt          equations, ablation
-    who learns from what                                the table at IVPT    gradient_stops
-    foreground, k-means, where prototypes start         definitions          foreground, start
-    the backward, Triton                                the formula, fp64    kernels
-    eight losses, each and together                     sums and loops       losses, kl
-    views, splits, key points, affine map               Pillow, loops        view, validation, warp
-    peaks, hits, consistency, stability                 a loop over images   evaluate
-    the protocol, the controls                          written out          protocol
-    recipes, options, rates                             tables               recipes, option, rates
-    the loop: views, clipping, Adam, halved rates       oracle_run           written_out
-    pretraining, --resume, a kill, several processes    two runs compared    pretraining, run, kill
-    what is typed, errors in one line                   README.md            documented, one_line
+    what is specified                               its oracle          -k
+    the ViT and its names                           oracle_block        vit, names
+    weights                                         what was saved      backbone, weights, loading
+    checkpoints, damaged files                      what was saved      checkpoint, file
+    region discovery, spatial bias, pooling         oracle_regions      kernels_reference
+    grouping, coarse features, prompts, fused maps  oracle_fusion       fusion
+    the whole forward; ablations                    oracle_ivpt         equations, maps, ablation
+    who learns from what                            the table at IVPT   gradient_stops
+    foreground, k-means, where prototypes start     definitions         foreground, kmeans, start
+    the backward, Triton                            the formula, fp64   kernels
+    eight losses, each and together                 sums and loops      losses, kl, cosines, step
+    folders, views, key points, affine map          Pillow, loops       data, real
+    peaks, hits, consistency, stability             a loop over images  evaluate
+    the protocol, the controls                      written out         protocol
+    recipes, options, rates                         tables              recipes, option, rates
+    presets, cores                                  tables              default, core
+    the loop: views, clipping, Adam, halved rates   oracle_run          written_out, clipped, loop
+    pretraining, --resume, a kill                   two runs compared   pretraining, run, kill
+    several processes                               one process         processes
+    what is typed                                   README.md           documented, tilde, reader
+    errors in one line                              their words         one_line, said
 """
 import ast
 import copy
@@ -48,10 +53,12 @@ import tarfile
 import tempfile
 import time
 from argparse import Namespace
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from fractions import Fraction
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # on more threads sums are rounded in another order
@@ -76,8 +83,8 @@ import train
 ROOT = Path(__file__).resolve().parent
 SHARED = ROOT.parent / "shared"  # 40 real classes of CUB and a real ViT-Tiny
 torch.set_num_threads(1)  # torch may have been imported before
-STARTS_OF_KMEANS = ivpt.kmeans.__defaults__
-ivpt.kmeans.__defaults__ = (2,)  # else the start takes most of a small run
+NUM_STARTS = ivpt.NUM_STARTS
+ivpt.NUM_STARTS = 2  # else the start takes most of a small run
 
 
 def one_line(kind, *words):
@@ -92,7 +99,8 @@ CHILD = """import os, sys
 for fd, file in enumerate((stdout, stderr), start=1):
     os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), fd)
 os.chdir(cwd)
-os.environ |= environment
+os.environ.clear()
+os.environ.update(environment)
 sys.path[:] = [cwd, *elsewhere]
 sys.argv = ["script", *words]
 exec(code, {"__name__": "__main__"})
@@ -103,32 +111,36 @@ class Script:
     """Runs code in a process of its own, with these words as its command line."""
 
     def __init__(self, code, *words, cwd=ROOT, **environment):
-        self.files = [Path(tempfile.mkdtemp(), name) for name in ("stdout", "stderr")]
+        self.folder = tempfile.TemporaryDirectory()
+        self.files = [Path(self.folder.name, name) for name in ("stdout", "stderr")]
         ours = {ROOT, *ROOT.glob("*/")}
         known = dict(
-            code=code, words=[*map(str, words)], cwd=str(cwd), environment=environment,
+            code=code, words=[*map(str, words)], cwd=str(cwd), environment=os.environ | environment,
             elsewhere=[path for path in sys.path if path and Path(path) not in ours],
             stdout=str(self.files[0]), stderr=str(self.files[1]))
-        self.process = PROCESSES.Process(target=exec, args=(CHILD, known))
+        self.process = PROCESSES.Process(target=exec, args=(CHILD, known), daemon=True)
         self.process.start()
 
     def end(self, exit_code=0):
         """Waits for it; its exit code must be this one -> what it wrote to stdout and stderr."""
         self.process.join(240)
-        stdout, stderr = (file.read_text() for file in self.files)
+        self.process.kill()
+        self.process.join()
+        stdout, stderr = (file.read_text() if file.exists() else "" for file in self.files)
         assert self.process.exitcode == exit_code, stderr[-3000:]
         return stdout, stderr
 
 
 def torchrun(code, *words):
-    """The same in two processes on the CPU, in the environment in which torchrun starts them."""
+    """Runs code in two processes on the CPU, with the environment that torchrun gives them."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])  # a free one
     together = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
                     CUDA_VISIBLE_DEVICES="")
     both = [Script(code, *words, RANK=rank, LOCAL_RANK=rank, **together) for rank in "01"]
-    for process in both:
-        process.end()
+    ended = wait([script.process.sentinel for script in both], timeout=240)
+    for script in sorted(both, key=lambda script: script.process.sentinel not in ended):
+        script.end()  # first the one that ended first: if it failed, the other waits in vain
 
 
 def write(path, *rows):
@@ -288,7 +300,7 @@ def test_vit_attention_in_bf16_is_that_in_fp32():
 
 # ---------------------------------------------------------------- weights
 
-@pytest.mark.parametrize("name", ivpt.ARCHITECTURES)
+@pytest.mark.parametrize("name", ("vits14", "vitb14_reg4", "vitl14_reg4", "vitg14"))
 def test_state_dict_names_and_shapes_are_metas(name):
     D, depth = {"s": (384, 12), "b": (768, 12), "l": (1024, 24), "g": (1536, 40)}[name[3]]
     linear = {"attn.qkv": (3 * D, D), "attn.proj": (D, D)}
@@ -384,6 +396,7 @@ def fail(error, *_, **__):
 RECIPES = {"paper": dict(bias_after_softmax=True, fusion_mlp=True, tune="none"),
            "released": dict(bias_after_softmax=False, fusion_mlp=False, tune="tokens")}
 PROTOTYPES = (7, 6, 5, 4, 4)  # the last: G = 3 concepts and the background
+THETA = torch.tensor([[0.8, -0.6, 0.1], [0.6, 0.8, 0.0]])  # an affine map
 
 
 def tiny_ivpt(recipe="paper", family="registers", classes=6, **ablation):
@@ -456,7 +469,7 @@ def oracle_ivpt(model, images):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ivpt_equals_the_equations(recipe, family):
+def test_ivpt_and_its_fusion_equal_the_equations(recipe, family):
     """In fp64, which tells fused maps of raw shares from those of smoothed ones: 1e-6 apart."""
     model, images = tiny_ivpt(recipe, family).double(), torch.randn(2, 3, 70, 70).double()
     out, expected = model(images), oracle_ivpt(model, images)
@@ -474,28 +487,11 @@ def test_maps_sum_to_one_and_empty_regions_and_groups_are_harmless():
         for amp in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=amp):
                 out = model(torch.randn(3, 3, 70, 70))
-            for A in [*out.attention, *out.fused]:  # in bf16 the sum would be off by 4e-3
+            for A in [*out.attention, *out.fused]:
                 torch.testing.assert_close(A.sum(1), torch.ones(3, 5, 5), atol=1e-5, rtol=0)
                 assert A.min() >= 0
             assert torch.equal(out.groups[1][:, 2], torch.full((3, 3), 1 / 3))
             assert (out.groups[0].sum(1)[:, 0] == 0).any() and out.logits.isfinite().all()
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_fusion_equals_its_equations(recipe):
-    """Grouping, coarse features, prompts. An empty region belongs to all groups alike."""
-    model, pooled, mass = tiny_ivpt(recipe).double(), torch.randn(2, 6, 128), torch.rand(2, 6)
-    pooled[1, 3], mass[1, 3] = 0, 0
-    state = part_of(model.state_dict(), "")
-    expected = oracle_fusion(pooled.double(), mass.double(), state, "fusions.0")
-    found = model.fusions[0](pooled.double(), mass.double())
-    for name, value, wanted in zip(("prompts", "S"), found, expected):
-        torch.testing.assert_close(value, wanted, msg=lambda text: f"{name}: {text}")
-    a, S = torch.rand(2, 7, 25).double(), found[1]
-    concepts = torch.einsum("bkg,bkn->bgn", S, a[:, :-1])
-    total = concepts.sum(1, keepdim=True) + a[:, -1:]
-    fused = ivpt.fuse_maps(a, S)
-    torch.testing.assert_close(fused, torch.cat([concepts, a[:, -1:]], 1) / total)
 
 
 def test_fusion_samples_the_grouping_in_training_alone():
@@ -511,6 +507,19 @@ def test_fusion_samples_the_grouping_in_training_alone():
         logits = fusion.grouping(pooled)
         gumbel = -torch.empty_like(logits).exponential_().log()
         torch.testing.assert_close(S, (logits + gumbel).softmax(-1))  # tau = 1, soft
+
+
+def test_autocast_rounds_no_sum_of_the_fusion_and_no_cosine():
+    model, pooled, Z = tiny_ivpt(), torch.randn(2, 6, 128), 1 + torch.randn(2, 4, 128)
+    fusion, a, coarse = model.fusions[0], torch.rand(2, 7, 25), []
+    fusion.norm.register_forward_pre_hook(lambda _, inputs: coarse.append(inputs[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, S = fusion(pooled, torch.ones(2, 6))
+        fused, loss = ivpt.fuse_maps(a, S), train.orthogonality(Z)
+    means = torch.einsum("bkg,bkd->bgd", S, pooled) / S.sum(1)[..., None]
+    for found, expected in ((coarse[0], means), (fused, ivpt.fuse_maps(a, S)),
+                            (loss, train.orthogonality(Z))):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_an_ablation_takes_one_idea_away():
@@ -551,7 +560,7 @@ def test_kmeans_finds_planted_clusters_and_serves_fewer_patches_than_centres():
     for patches, K in ((e, 5), (planted, 16)):
         centres = ivpt.kmeans(patches, K, seed=0)
         assert len(centres) == K and torch.cdist(planted, centres).amin(1).max() < 0.1
-    assert STARTS_OF_KMEANS == (20,)
+    assert NUM_STARTS == 20
     planted12 = 10 * torch.eye(12)  # one start alone misses some of so many
     e = planted12.repeat(40, 1) + torch.randn(480, 12, generator=generator)
     for starts, finds_all in ((1, False), (20, True)):
@@ -561,6 +570,11 @@ def test_kmeans_finds_planted_clusters_and_serves_fewer_patches_than_centres():
     many = planted.repeat(5000, 1) + torch.randn(25000, 6, generator=generator)
     means = many.view(5000, 5, 6).mean(0)  # of all patches, not of the 10,000 that starts see
     assert torch.cdist(means, ivpt.kmeans(many, 5, seed=0)).amin(1).max() < 1e-3
+    mixed = torch.randn(300, 2, generator=generator)  # no clusters: it takes many moves to the end
+    centres = ivpt.kmeans(mixed, 4, seed=0)
+    nearest = torch.cdist(mixed, centres).argmin(1)
+    ends = torch.stack([mixed[nearest == k].mean(0) for k in range(4)])
+    torch.testing.assert_close(ends, centres)
 
 
 def test_foreground_is_what_keeps_to_the_middle_of_the_images():
@@ -589,19 +603,19 @@ def test_prototypes_start_as_centres_of_foreground_patches_and_the_mean_of_the_b
     assert all(torch.equal(c.prototypes, old) for c, old in zip(model.concepts, noise))
     args.start = "clusters"
     model.start(dataset, args)
-    with torch.no_grad():
-        tokens = model.unprompted(images)  # the first layer's; no block before it is prompted
-        e = model.backbone.norm(tokens[:, 5:])  # (16, 25, D)
-    concept, owner = model.concepts[0], model.backbone.last_patches(images, 5)[0]
-    torch.testing.assert_close(owner, e)
-    owner = torch.cdist(e, concept.prototypes).argmin(2).view(16, 5, 5)
-    assert (owner[:, 1:4, 1:4].flatten().bincount(minlength=7)[:6] > 0).all()
-    assert (owner[:, 0, 0] == 6).all()
-    inner = e[owner.flatten(1) != 6]
-    nearest = owner.flatten(1)[owner.flatten(1) != 6]
-    for k in range(6):  # a centre is the mean of its patches, but for those of mixed regions
-        difference = inner[nearest == k].mean(0) - concept.prototypes[k]
-        assert difference.norm() < 0.3 * inner.std(0).norm()
+    tokens, backbone, axis = model.unprompted(images), model.backbone, torch.linspace(-1, 1, 5)
+    radius2 = (axis[:, None] ** 2 + axis ** 2).flatten().repeat(16)
+    for concept, block in zip(model.concepts, [*backbone.blocks[1:], None]):
+        e = backbone.norm(tokens[:, 5:]).flatten(0, 1)  # nothing is prompted
+        foreground, background = ivpt.find_foreground(e, radius2, seed=1)
+        assert foreground.view(16, 5, 5)[:, 2, 2].all() and background.view(16, 5, 5)[:, 0, 0].all()
+        *centres, last = concept.prototypes
+        torch.testing.assert_close(last, e[background].mean(0))
+        inner, centres = e[foreground], torch.stack(centres)
+        nearest = torch.cdist(inner, centres).argmin(1)
+        for k, centre in enumerate(centres):
+            torch.testing.assert_close(inner[nearest == k].mean(0), centre, atol=1e-4, rtol=1e-4)
+        tokens = block(tokens) if block else None
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -690,12 +704,10 @@ def test_kernels_reference_follows_the_definition_patch_by_patch(after, smoothin
 
 @pytest.mark.parametrize("after", (True, False))
 @pytest.mark.parametrize("smoothing", (0.0, 1e-3))
-def test_kernels_reference_and_op_pass_gradcheck(after, smoothing):
+def test_kernels_reference_passes_gradcheck(after, smoothing):
     inputs = [t.requires_grad_() for t in kernel_problem(1, 5, 4, 3, torch.float64)[0]]
-    for function in (
-            lambda *a: kernels.prototype_attention_reference(*a, after, smoothing=smoothing),
-            lambda *a: kernels._op(*a, after, smoothing, False)):
-        assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradcheck(
+        lambda *x: kernels.prototype_attention_reference(*x, after, smoothing=smoothing), inputs)
 
 
 def test_kernels_empty_regions_pool_to_zero_and_ties_go_to_the_first():
@@ -757,12 +769,10 @@ def test_kernels_ops_are_declared_by_their_annotations(op):
     assert schema.split(" -> ")[1] == "(Tensor, Tensor, Tensor)"
 
 
-def op_after_softmax(x, q, b):
-    return kernels._op(x, q, b, True, 0.0, False)
+def test_kernels_op_compiles_fullgraph():
+    def function(x, q, b):
+        return kernels._op(x, q, b, True, 0.0, False)
 
-
-@pytest.mark.parametrize("function", (kernels.prototype_attention, op_after_softmax))
-def test_kernels_compile_fullgraph(function):
     compiled = torch.compile(function, fullgraph=True)
     inputs, grads = kernel_problem(2, 9, 12, 5)
     torch.testing.assert_close(*(with_gradients(f, inputs, grads, torch.float32)
@@ -777,7 +787,8 @@ def interpreter_cases():
     for i, (K, N) in enumerate(shapes):
         yield dict(B=1 if N > 50 else 3, N=N, D=(32, 192, 100, 72)[(i + i // 4) % 4], K=K,
                    after=i % 2 == 0, smoothing=(0.0, 1e-6)[i // 2 % 2], detach=i % 3 == 2,
-                   needed=SUBSETS[i % 7], seed=i)
+                   needed=SUBSETS[i % 7], seed=i, repeat=i % 5 == 0,
+                   unused={2: 0, 3: 1, 5: 2}.get(i))
     for i, kind in enumerate(("transposed", "empty", "huge", "ties")):
         yield dict(B=2, N=70, D=72, K=5, after=i % 2 == 0, smoothing=0.0, detach=False,
                    needed=(True, True, True), seed=i, kind=kind)
@@ -795,7 +806,7 @@ def special_problem(kind, inputs, grads):
         x, q = 300 * x, 300 * q
     if kind == "ties":
         q, bias = q[:1].repeat(5, 1), 0 * bias
-    if kind == "far from zero":  # in dq what cancels must be rounded alike
+    if kind == "far from zero":  # dq is the difference of two large sums: both must round dl2 alike
         x, q = ((16 + t.mul(2).round() / 16).half() for t in (x, q))
         grads = grads[0], 0 * grads[1].half(), 0 * grads[2]
     return (x, q, bias), grads
@@ -810,22 +821,22 @@ def too_wrong(found, plain, exact):
     return bool(error > allowed + 16 * rounding)
 
 
-def run_interpreted(B, N, D, K, after, smoothing, detach, needed, seed, kind="plain"):
-    """What is wrong with this case, a list."""
+def run_interpreted(B, N, D, K, after, smoothing, detach, needed, seed, kind="plain", repeat=False,
+                    unused=None):
+    """What is wrong with this case, a list. unused: an output that has no gradient."""
     inputs, grads = special_problem(kind, *kernel_problem(B, N, D, K, seed=seed))
 
     def run(forward, backward):
         outputs = forward(*inputs, after, smoothing)
         options = (after, smoothing, detach, list(needed))
-        missing = {2: 0, 3: 1, 5: 2}.get(seed)  # one output is not used
-        given = [None if i == missing else g for i, g in enumerate(grads)]
+        given = [None if i == unused else g for i, g in enumerate(grads)]
         return *outputs, *backward(*given, *inputs, *outputs, *options)
 
     def reference(*args):
         return kernels.prototype_attention_reference(*args[:4], smoothing=args[4])
 
     found, wrong = run(kernels.launch_forward, kernels.launch_backward), []
-    if seed % 5 == 0:  # in four cases
+    if repeat:
         again = run(kernels.launch_forward, kernels.launch_backward)
         wrong += [] if all(map(torch.equal, found, again)) else ["repeat"]
     plain = run(reference, kernels.backward_reference)
@@ -856,10 +867,13 @@ def interpreter(request):
     triton is imported. It starts with the first test of this file and uses a second core."""
     wanted = [item for item in request.session.items if "interpreted" in item.name]
     if kernels.triton is None or not wanted:
-        return None
-    return subprocess.Popen([sys.executable, "-c", INTERPRET], cwd=ROOT, text=True,
-                            env=os.environ | dict(TRITON_INTERPRET="1"),
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        yield
+        return
+    process = subprocess.Popen([sys.executable, "-c", INTERPRET], cwd=ROOT, text=True,
+                               env=os.environ | dict(TRITON_INTERPRET="1"),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    yield process
+    process.kill()
 
 
 @needs_triton
@@ -909,9 +923,9 @@ def compile_for(target):
                                       options=dict(num_warps=warps))
         ptx = done.asm["ptx"]
         cores = re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx)
-        narrow = re.findall(r"tt\.addptr [^\n]*: !tt\.ptr<\w+>, i32", done.asm["ttir"])
+        offsets = Counter(re.findall(r"tt\.addptr [^\n]*: !tt\.ptr<\w+>, (i\d+)", done.asm["ttir"]))
         facts.append(dict(
-            kernel=kernel.fn.__name__, narrow_offsets=len(narrow),
+            kernel=kernel.fn.__name__, offsets=offsets,
             shared=done.metadata.shared, tensor_cores=len(cores),
             atomics=len(re.findall(r"\b(?:atom|red)\.", ptx)), **resource_usage(done.asm["cubin"])))
     return target, facts
@@ -942,12 +956,14 @@ def test_kernels_compile_for_every_chip():
         chip, dtype, *_ = target
         for fact in facts:
             assert 0 < fact["shared"] <= SHARED_MEMORY[chip], (target, fact)
-            assert fact["atomics"] == fact["narrow_offsets"] == 0, (target, fact)
+            assert fact["atomics"] == 0 and fact["offsets"].keys() == {"i64"}, (target, fact)
             has_dots = dtype != torch.float32 and fact["kernel"] != "_pool_kernel"
             assert (fact["tensor_cores"] > 0) == has_dots, (target, fact)
             assert fact.get("LOCAL", 0) == 0, (target, fact)
             spare = 0 if chip == 90 and dtype != torch.float32 else 48  # parked outside the loops
             assert fact.get("STACK", 0) <= spare, (target, fact)
+    if "STACK" not in fact:
+        pytest.skip("all but spills: this Triton has no cuobjdump")
 
 
 # ---------------------------------------------------------------- kernels on a GPU
@@ -1015,7 +1031,11 @@ def test_data_reads_any_subset_in_cubs_layout(tmp_path):
     folder = write_cub(tmp_path)
     write(folder / "bounding_boxes.txt", *(f"{key} 10.5 8.25 20.7 16.9" for key in (11, 14, 17)))
     write(folder / "parts/part_locs.txt", "8 9 11.5 9.25 0", "8 2 11.5 2.25 1")
+    turned, photo = Image.Exif(), folder / "images/000.Class 0/image 0.png"
+    turned[0x0112] = 6  # by 90 degrees
+    Image.open(photo).save(photo, exif=turned)
     dataset = data.Images(folder, "train", "train", 32)
+    assert dataset.read(0).size == (90, 60)  # as stored, since boxes and points refer to it
     assert dataset.classes == ["000.Class 0", "001.Class 1"]
     assert dataset.labels.tolist() == [0, 1, 0] and dataset.parts == ["beak", "left wing"]
     assert [file.name for file in dataset.files] == ["image 0.png", "image 1.png", "image 2.png"]
@@ -1286,7 +1306,7 @@ def test_data_the_transparent_value_of_16_bits_is_white(tmp_path):
 @pytest.mark.parametrize("error", [struct.error("short"), AttributeError("none"), TypeError("no")])
 def test_data_whatever_a_file_raises_is_one_line(tmp_path, error, monkeypatch):
     Image.new("RGB", (4, 6)).save(tmp_path / "x.png")
-    monkeypatch.setattr(PngImageFile, "load", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(PngImageFile, "load", functools.partial(fail, error))
     with one_line(ValueError, f"{tmp_path}/x.png: not a readable image"):
         data.read_image(tmp_path / "x.png")
 
@@ -1335,14 +1355,15 @@ def test_data_pixels_of_unknown_scale_are_refused(tmp_path, values, words):
 @pytest.mark.parametrize("error", [MemoryError, AttributeError, TypeError])
 def test_data_a_fault_of_ours_is_not_blamed_on_the_image(tmp_path, error, monkeypatch):
     Image.new("RGB", (4, 6)).save(tmp_path / "x.png")
-    monkeypatch.setattr(Image.Image, "convert", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(Image.Image, "convert", functools.partial(fail, error))
     with pytest.raises(error):
         data.read_image(tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("workers, content", [(1, b"\x89PNG"), (0, b"<html>")])
 def test_data_an_unreadable_image_is_one_line(tmp_path, workers, content, capsys, monkeypatch):
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # else 5 s
+    utils = torch.utils.data._utils
+    monkeypatch.setattr(utils, "MP_STATUS_CHECK_INTERVAL", 1, raising=False)  # else 5 s
     dataset = data.Images(write_cub(tmp_path), "test", "test", 28)
     dataset.files[0].write_bytes(content)
     with pytest.raises(SystemExit) as end:
@@ -1368,11 +1389,11 @@ NO_MEMORY = "error: .*--shm-size=8g or --workers 0\n"
 ])
 def test_data_run_script_says_a_failure_in_one_line(error, code, words, capsys):
     with pytest.raises(SystemExit) as end:
-        data.run_script(lambda: (_ for _ in ()).throw(error))
+        data.run_script(functools.partial(fail, error))
     text = capsys.readouterr().err
     assert end.value.code == code and re.match(words, text) and text.count("\n") == 1
     with pytest.raises(RuntimeError, match="shapes"):  # a fault of ours keeps its traceback
-        data.run_script(lambda: (_ for _ in ()).throw(RuntimeError("shapes")))
+        data.run_script(functools.partial(fail, RuntimeError("shapes")))
 
 
 def test_data_a_notebook_has_an_output_of_its_own(monkeypatch):
@@ -1382,10 +1403,12 @@ def test_data_a_notebook_has_an_output_of_its_own(monkeypatch):
 
 def test_data_python_3_11_is_asked_for_at_the_door(monkeypatch, capsys):
     monkeypatch.setattr(sys, "version_info", (3, 10, 9))
-    with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(data.__file__)
-    error = capsys.readouterr().err
-    assert "needs Python 3.11" in error and error.count("\n") == 1
+    monkeypatch.delitem(sys.modules, "data")
+    for script in (data, train, evaluate):
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(script.__file__)
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and "needs Python 3.11" in error and error.count("\n") == 1
 
 
 # ---------------------------------------------------------------- data: the affine view
@@ -1396,9 +1419,11 @@ def test_data_affine_is_seeded_and_in_range():
     assert torch.equal(thetas[7], thetas[-1])
     scales = torch.linalg.det(thetas[:, :, :2]).sqrt()
     angles = torch.rad2deg(torch.atan2(thetas[:, 1, 0], thetas[:, 0, 0]))
-    for values, bound in ((scales - 1.1, 0.3), (angles, 90), (thetas[:, :, 2], 0.22)):
+    draws = torch.stack([scales - 1.1, angles, thetas[:, 0, 2], thetas[:, 1, 2]])
+    for values, bound in zip(draws, (0.3, 90, 0.22, 0.22)):
         assert 0.98 * bound < values.max() <= 1.0001 * bound
         assert -1.0001 * bound <= values.min() < -0.98 * bound
+    assert (draws.corrcoef() - torch.eye(4)).abs().max() < 0.1  # each by a draw of its own
 
 
 def test_data_warp_moves_points_by_theta_and_unwarp_brings_them_back():
@@ -1502,11 +1527,10 @@ def test_equivariance_and_orthogonality_compare_by_cosines():
 def test_ivpt_losses_are_the_table(recipe):
     """Eight terms of weight 1: maps averaged over five layers, L_con over the prompted four."""
     model, images, labels = tiny_ivpt(recipe), torch.randn(3, 3, 70, 70), torch.tensor([0, 4, 2])
-    theta = torch.tensor([[0.0, -1.1, 0.1], [1.1, 0.0, -0.05]])
     with torch.no_grad():
-        losses, logits = train.ivpt_losses(model, images, labels, theta)
-        out, view = model(images), model(data.warp(images, theta))
-    A, back = out.attention, [data.unwarp(maps, theta) for maps in view.attention]
+        losses, logits = train.ivpt_losses(model, images, labels, THETA)
+        out, view = model(images), model(data.warp(images, THETA))
+    A, back = out.attention, [data.unwarp(maps, THETA) for maps in view.attention]
     expected = {
         "classification": F.cross_entropy(out.concept_logits.mean(1), labels),
         "region_consistency": sum(train.region_consistency(A[4], f) for f in out.fused) / 4,
@@ -1537,9 +1561,8 @@ def one_step(recipe, device, amp, monkeypatch):
 
     monkeypatch.setattr(ivpt, "prototype_attention", watched)
     images, labels = torch.randn(3, 3, 70, 70), torch.tensor([0, 4, 2])
-    theta = torch.tensor([[0.0, -1.1, 0.1], [1.1, 0.0, -0.05]])
     with torch.autocast(device, torch.bfloat16, enabled=amp):
-        losses, _ = model.losses(images.to(device), labels.to(device), theta)
+        losses, _ = model.losses(images.to(device), labels.to(device), THETA)
     losses["loss"].backward()
     gradient = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return losses, maps, torch.cat(gradient).cpu()
@@ -1563,12 +1586,14 @@ def test_a_step_in_bf16_is_that_in_fp32_where_regions_are_the_same(recipe, devic
     losses, maps, _ = one_step(recipe, "cpu", False, monkeypatch)
     found, found_maps, _ = one_step(recipe, device, True, monkeypatch)
     for name, loss in losses.items():
-        assert found[name].item() == pytest.approx(loss.item(), 0.05, 0.05), name
+        smallest = 0.005 if name == "orthogonality" else 0.05
+        assert found[name].item() == pytest.approx(loss.item(), 0.05, smallest), name
+    assert len(maps) == len(found_maps) == 10
     for a, b in zip(maps[5:], found_maps[5:]):  # of the images as they are
         same = a.argmax(1) == b.cpu().argmax(1)
         assert same.float().mean() > 0.9 and (a - b.cpu()).abs().max() < 0.05
         expected, gradient = a.grad.mT[same], b.grad.cpu().mT[same]
-        assert (gradient - expected).norm() < 0.1 * expected.norm()
+        assert (gradient - expected).norm() < 0.15 * expected.norm()
 
 
 @needs_gpu
@@ -1599,10 +1624,9 @@ def reached(model, loss):
 
 def test_gradient_stops():
     """Which parameters each loss reaches: the stop-gradients of the method, one by one."""
-    images, labels = torch.randn(2, 3, 70, 70), torch.tensor([0, 1])
-    theta = torch.tensor([[0.8, -0.6, 0.1], [0.6, 0.8, 0.0]])
     model, released = tiny_ivpt("paper").train(), tiny_ivpt("released").train()
-    losses, _ = train.ivpt_losses(model, images, labels, theta)
+    images, labels = torch.randn(2, 3, 70, 70), torch.tensor([0, 1])
+    losses, _ = train.ivpt_losses(model, images, labels, THETA)
     fusion = named(model, "fusions.*.norm.*", "fusions.*.head.*")
     head = named(model, "concepts.4.*", "norm.*", "classifier.*")
     for term in ("total_variation", "presence", "background_presence", "entropy", "equivariance"):
@@ -1615,7 +1639,7 @@ def test_gradient_stops():
     assert reached(model, losses["classification"]) == fusion | head
     assert reached(model, losses["orthogonality"]) == fusion | head - {"classifier.weight"}
     # The released recipe tunes tokens: classes reach them, losses on maps do not.
-    losses, _ = train.ivpt_losses(released, images, labels, theta)
+    losses, _ = train.ivpt_losses(released, images, labels, THETA)
     tokens = {"backbone.cls_token", "backbone.register_tokens", "backbone.pos_embed"}
     assert tokens <= reached(released, losses["classification"])
     assert not tokens & reached(released, losses["entropy"])
@@ -1646,42 +1670,6 @@ def test_a_view_of_which_the_maps_alone_are_used_keeps_no_graph_of_the_blocks(mo
     monkeypatch.setattr(ivpt.IVPT, "forward", watched)
     train.ivpt_losses(model, images, torch.tensor([0, 1]), torch.eye(2, 3))
     assert seen == [(True, dict(maps_only=True)), (False, {})]
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_training_with_the_op_is_training_with_the_formula(recipe, monkeypatch):
-    """Ten steps in fp64, with the op and with the equations as one would write them down."""
-    def formula(x, q, b, after, smoothing=0.0, detach_maps=False):
-        e = x.detach() if detach_maps else x
-        logits = -(e[:, None] - q[:, None]).square().sum(3)  # (B, K, N)
-        a = (logits.softmax(1) + b).clamp(min=0) if after else (logits + b).softmax(1)
-        if smoothing:
-            a = (a + smoothing) / (a + smoothing).sum(1, keepdim=True)
-        r = a * F.one_hot(a.argmax(1), len(q)).transpose(1, 2)
-        mass = r.sum(2)
-        return a, (r @ x) / mass[..., None].clamp(min=1e-300), mass
-
-    def ten_steps():
-        model = tiny_ivpt(recipe).double().train()
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
-        torch.manual_seed(0)
-        values = []
-        for _ in range(10):
-            images, theta = torch.randn(2, 3, 70, 70).double(), data.sample_affine().double()
-            optimizer.zero_grad()
-            losses, _ = train.ivpt_losses(model, images, torch.tensor([0, 1]), theta)
-            losses["loss"].backward()
-            optimizer.step()
-            values.append(losses["loss"].item())
-        return values
-
-    def op(x, q, b, after, smoothing=0.0, detach_maps=False):  # a CPU would take the reference
-        return kernels._op(x, q, b, after, smoothing, detach_maps)
-
-    monkeypatch.setattr(ivpt, "prototype_attention", op)
-    with_op = ten_steps()
-    monkeypatch.setattr(ivpt, "prototype_attention", formula)
-    assert ten_steps() == pytest.approx(with_op, rel=1e-6)  # fp32 would give 1e-3
 
 
 # ---------------------------------------------------------------- evaluation: the metrics
@@ -1757,6 +1745,7 @@ class RandomMaps(nn.Module):
         super().__init__()
         torch.manual_seed(4)
         self.conv = nn.Conv2d(3, sum(self.prototypes) + self.num_classes, 8, 8)
+        self.conv.bias.data[2] = -9.0  # concept 3 of the first layer wins nothing
         self.amp = []
 
     def forward(self, images):
@@ -1768,9 +1757,15 @@ class RandomMaps(nn.Module):
 
 @pytest.fixture(scope="module")
 def eight_birds(tmp_path_factory):
-    """Eight images of three classes, all for testing."""
-    root = tmp_path_factory.mktemp("eight_birds")
-    return write_cub(root / "CUB_200_2011", [(90, 64)] * 8, num_test=8, num_classes=3)
+    """Eight images of three classes, all for testing; four parts."""
+    folder = tmp_path_factory.mktemp("eight_birds") / "CUB_200_2011"
+    write_cub(folder, [(90, 64)] * 8, num_test=8, num_classes=3)
+    rng, points = np.random.default_rng(1), folder / "parts/part_locs.txt"
+    more = [f"{17 - 3 * i} {part} {x * 90} {y * 64} 1" for i in range(8) for part in (3, 4)
+            for x, y in rng.uniform(0.2, 0.8, (1, 2))]
+    write(points, points.read_text().strip(), *more)
+    write(folder / "parts/parts.txt", "2 beak", "9 left wing", "3 tail", "4 leg")
+    return folder
 
 
 @torch.no_grad()
@@ -1803,7 +1798,7 @@ def test_evaluate_equals_the_protocol_written_out(eight_birds):
         hits, peaks = evaluate.part_hits(clean, keypoints), evaluate.find_peaks(clean).double()
         fixed = evaluate.part_hits(clean.mean(0).expand_as(clean), keypoints)
         whole, won = patches[l].sum(0), patches[l][:-1].sum(0)
-        expected = dict(
+        expected = dict(  # what the metrics themselves are, other tests say
             consistency=evaluate.consistency(hits, visible, labels),
             random_location=np.mean(random),
             stability=evaluate.stability(hits, evaluate.part_hits(noisy, keypoints), labels),
@@ -1817,14 +1812,23 @@ def test_evaluate_equals_the_protocol_written_out(eight_birds):
         expected = {key: float(value) for key, value in expected.items()}
         assert {key: layer[key] for key in expected} == pytest.approx(expected)
         assert layer["wins"] == patches[l].sum(1).int().tolist()
-        assert layer["winning"] == 100 * (patches[l][:-1].sum(1) > 0).float().mean()
-        for row, best in zip(100 * hits.sum(0) / visible.sum(0), layer["parts_hit"]):
-            names = {part: float(x) for part, x in zip(test.parts, row) if x}
-            assert dict(best) == pytest.approx(names)
+        assert layer["winning"] == pytest.approx(100 * (1 - 1 / 5 if l == 0 else 1))
+        assert layer["foreground"] == pytest.approx(float(100 * won.sum() / whole.sum()))
+        spreads = peaks.var(0, correction=0).sum(1).sqrt()
+        assert layer["peak_spreads"] == pytest.approx(spreads.tolist())
+        for concept, best in zip(hits.sum(0), layer["parts_hit"], strict=True):
+            order = sorted(range(4), key=lambda part: (-concept[part], visible[:, part].sum()))
+            names = [test.parts[part] for part in order[:3] if concept[part]]
+            assert [name for name, _ in best] == names
+            shares = 100 * concept / visible.sum(0)
+            assert [share for _, share in best] == pytest.approx(shares[order[:len(best)]].tolist())
+    assert max(len(best) for layer in metrics["layers"] for best in layer["parts_hit"]) == 3
     assert metrics["accuracy"] == 100 * right / n and not any(model.amp)
     for key in expected.keys() - {"foreground_outside", "foreground_inside"}:
         assert len({layer[key] for layer in metrics["layers"]}) > 1, key  # or nothing would be seen
-    assert metrics["headline"]["layer"] == 2
+    third = metrics["layers"][2]
+    assert metrics["headline"] == dict(layer=2, consistency=third["consistency"],
+                                       stability=third["stability"])
 
 
 def test_evaluate_distinct_concepts_look_at_different_spots():
@@ -1895,9 +1899,12 @@ def test_evaluate_command_line(tmp_path, monkeypatch, capsys):
     evaluate.main([*command, "--split", "val"])  # every fourth training image
     protocol = json.loads((tmp_path / "metrics_val.json").read_text())["protocol"]
     assert protocol["images"] == 2 and json.loads(file.read_text())["protocol"]["images"] == 8
-    nn.init.constant_(model.conv.bias, math.nan)
-    with one_line(ValueError, "not finite"):
-        evaluate.main([*command, "--split", "val"])
+    for channel in (0, 21, 22):  # of the first map, of the last, of the logits
+        bias = model.conv.bias[channel].item()
+        model.conv.bias.data[channel] = math.nan
+        with one_line(ValueError, "not finite"):
+            evaluate.main([*command, "--split", "val"])
+        model.conv.bias.data[channel] = bias
     run["classes"].pop()
     with one_line(ValueError, "its 2 classes are not the 1 of training"):
         evaluate.main([*command, "--split", "val"])
@@ -1922,8 +1929,9 @@ def test_evaluate_every_option_has_its_effect(eight_birds, tmp_path, monkeypatch
         typed = ["--amp", "--no-amp"][amp], "--seed", "7", "--batch-size", "5", "--workers", "2"
         other = shutil.copytree(eight_birds, tmp_path / f"cub {amp}")
         evaluate.main(["--ckpt", str(tmp_path / "last.pt"), *typed, "--data", str(other)])
+        assert len(seen) == (4 if amp else 2)
         for found, folder, *values in zip(seen[-2:], (eight_birds, other), (3, 7), (32, 5), (0, 2),
-                                          (amp, not amp)):
+                                          (amp, not amp), strict=True):
             assert found["folder"] == folder and found["split"] == "test"
             names = ("seed", "batch_size", "workers", "amp")
             assert [found[name] for name in names] == values
@@ -2040,15 +2048,17 @@ def test_a_cpu_leaves_a_core_to_each_loader_process(tmp_path, monkeypatch):
 
 def test_rates_of_other_batches_and_of_the_released_recipe(birds, tmp_path):
     """Twice those of batch 16 for batch 64; tuned tokens have the prototypes' rate."""
-    args = tiny_run(birds, tmp_path, "--batch-size", 64, "--recipe", "released", "--tune", "tokens")
-    model = ivpt.build(asdict(args), 10, tiny_backbone())
+    args = tiny_run(birds, tmp_path, "--batch-size", 64, "--tune", "tokens",
+                    "--lr-prototypes", 3e-4, "--lr-backbone", 7e-4)
+    model = ivpt.build(asdict(args), 10, tiny_backbone(registers=4))
     optimizer, _ = train.make_optimizer(model, args)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    for name, p in model.named_parameters():
-        slow = name.startswith("concepts.") or name == "backbone.cls_token"
-        if slow or not name.startswith("backbone."):
-            assert rates[id(p)] == (4e-4 if slow else 2e-2), name
-    assert id(model.backbone.blocks[0].attn.qkv.weight) not in rates
+    learners = {name: p for name, p in model.named_parameters() if id(p) in rates}
+    tokens = named(model, "backbone.*") & learners.keys()
+    assert tokens == {"backbone.cls_token", "backbone.register_tokens", "backbone.pos_embed"}
+    for name in tokens | named(model, "concepts.*.prototypes"):
+        assert rates[id(learners[name])] == 6e-4, name
+    assert rates[id(model.classifier.weight)] == 2e-2
 
 
 def test_every_image_has_its_turn_however_many_processes_share_a_batch(birds, tmp_path):
@@ -2063,11 +2073,8 @@ def test_every_image_has_its_turn_however_many_processes_share_a_batch(birds, tm
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["--image-size", "100"], "divisible by the patch"), (["--image-size", "16"], "3 a side"),
-    (["--prototypes", "4", "1"], "prototypes"), (["--batch-size", "100"], "training images"),
-    (["--data", "birds"], "birds: no such folder"),
-    (["--weights", "nowhere.pth"], "nowhere.pth: .*vitb14_reg4"),
-    (["--resume"], "last.pt is not there"), (["--lr", "nan"], "--lr nan: expected"),
+    (["--data", "birds"], "birds: no such folder"), (["--resume"], "last.pt is not there"),
+    (["--lr", "nan"], "--lr nan: expected"),
     (["--device", "gpu"], "invalid choice"), (["--method", "vpt"], "expected ivpt, .*vpt-deep"),
     (["--prototype", "3"], "--help")])
 def test_bad_options_are_one_line(arguments, says, birds, tmp_path):
@@ -2115,6 +2122,10 @@ def test_a_run_leaves_its_files_and_resumes_bit_for_bit(birds, uncut, tmp_path, 
     resume = ["--resume", "--out", str(run), "--epochs", "2"]
     with one_line(ValueError, "images 48, now 47"):
         train.train(train.parse([*resume, "--data-root", str(fewer)]))
+    names = fewer / "CUB_200_2011" / "classes.txt"
+    names.write_text(names.read_text().replace("Class 3", "Gull"))
+    with one_line(ValueError, "classes .*, now .*Gull"):
+        train.train(train.parse([*resume, "--data-root", str(fewer)]))
     metrics = train.train(train.parse([*resume, "--data-root", str(birds)]))
     assert_same_run(uncut, run)
     next_command = shlex.split(capsys.readouterr().out.splitlines()[-1])
@@ -2134,9 +2145,9 @@ def pattern_of(name):
     return next(p for p in DISTINCT_RATES if fnmatch.fnmatch(name, p))
 
 
-def oracle_run(args, root, theta):
-    """IVPT's training: start, views, batches, losses, clipping, Adam, halved rates.
-    -> state dicts of the model before and after, and the mean loss of each epoch."""
+def oracle_run(args, root):
+    """Clipping, Adam and halved rates written out; views, batches, start and losses are the code's,
+    which other tests specify. -> state dicts before and after, and the mean loss of each epoch."""
     views = [data.Images(root / "CUB_200_2011", "train", view, 56, args.seed)
              for view in ("train", "test")]
     torch.manual_seed(args.seed)
@@ -2152,39 +2163,44 @@ def oracle_run(args, root, theta):
         halved = (args.batch_size / 16) ** 0.5 * 0.5 ** (epoch // 4)
         for batch in train.epoch_batches(48, args, epoch):
             images, labels, *_ = zip(*(views[0][i] for i in batch))
-            losses, _ = model.losses(torch.stack(images), torch.tensor(labels), theta)
+            losses, _ = model.losses(torch.stack(images), torch.tensor(labels), THETA)
             epoch_losses.append(losses["loss"].item())
             found = torch.autograd.grad(losses["loss"], learners.values(), allow_unused=True)
             norm = sum(g.square().sum() for g in found if g is not None).sqrt()
+            assert norm > 2  # so clipping is seen
             step += 1
             for (name, p), g in zip(learners.items(), found):
                 if g is not None:
                     g = g * min(1, 2 / norm)
                     m, v = moments[name]
                     m, v = moments[name] = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g ** 2
-                    m, v = m / (1 - 0.9 ** step), v / (1 - 0.999 ** step)
+                    m_hat, v_hat = m / (1 - 0.9 ** step), v / (1 - 0.999 ** step)
                     _, rate = DISTINCT_RATES[pattern_of(name)]
-                    p.data -= rate * halved * m / (v.sqrt() + 1e-8)
+                    p.data -= rate * halved * m_hat / (v_hat.sqrt() + 1e-8)
         mean_losses.append(np.mean(epoch_losses))
     return before, model.state_dict(), mean_losses
 
 
 def test_a_run_is_the_loop_written_out(birds, tmp_path, monkeypatch):
     """Ten steps in five epochs, every rate another; the grouping's noise and the map are fixed."""
-    theta, noise, maps = torch.tensor([[0.8, -0.6, 0.1], [0.6, 0.8, 0.0]]), [], []
+    noise_seeds, affine_seeds = [], []
 
     def without_noise(logits, tau):
-        noise.append(torch.initial_seed())  # in training alone
+        noise_seeds.append(torch.initial_seed())  # in training alone
         return logits.softmax(-1)
 
+    def fixed_affine():
+        affine_seeds.append(torch.initial_seed())
+        return THETA
+
     monkeypatch.setattr(F, "gumbel_softmax", without_noise)
-    monkeypatch.setattr(data, "sample_affine", lambda: maps.append(torch.initial_seed()) or theta)
+    monkeypatch.setattr(data, "sample_affine", fixed_affine)
     rates = itertools.chain(*DISTINCT_RATES.values())
     args = tiny_run(birds, tmp_path, "--epochs", 5, "--batch-size", 24, "--seed", 3, *rates)
     train.train(args)
-    assert len(noise) == 10 * 2 * 2 and len(set(noise)) == 5  # two views, two fusions
-    assert len(maps) == 10 and len(set(maps)) == 5  # every epoch has a seed of its own
-    before, expected, losses = oracle_run(args, birds, theta)
+    assert len(noise_seeds) == 10 * 2 * 2 and len(set(noise_seeds)) == 5  # two views, two fusions
+    assert len(affine_seeds) == 10 and len(set(affine_seeds)) == 5  # a seed for every epoch
+    before, expected, losses = oracle_run(args, birds)
     found = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
     errors = {}  # a parameter alone may have no gradient but rounding errors
     for pattern in DISTINCT_RATES:
@@ -2192,39 +2208,45 @@ def test_a_run_is_the_loop_written_out(birds, tmp_path, monkeypatch):
         moved = sum((expected[name] - before[name]).square().sum() for name in names)
         wrong = sum((expected[name] - found[name]).square().sum() for name in names)
         errors[pattern] = (wrong / moved).sqrt().item()
-    assert max(errors.values()) < 0.02, errors
+    assert max(errors.values()) < 0.005, errors  # more if a rounding moved a patch
     log = log_of(tmp_path)
     assert [line["loss"] for line in log] == pytest.approx(losses, rel=1e-3)
     rate = 1e-2 * 1.5 ** 0.5
     assert [line["lr"] for line in log] == pytest.approx([rate] * 4 + [rate / 2])
 
 
-def test_a_run_with_pretraining_learns_and_another_seed_is_another_run(tmp_path):
+def test_a_run_with_pretraining_learns_and_another_seed_is_another_model(tmp_path, capsys):
     """As README's first command. The frozen ViT is the one that pretraining made."""
     from prepare import toy_birds, toy_vit
     toy_birds.draw(tmp_path / "birds", num_train=4, num_test=1)
     words = [*TINY_RUN, "--data", str(tmp_path / "birds"), "--pretrain", "2", "--tune", "none",
              "--batch-size", "10"]
-    for seed, epochs in (("42", "3"), ("43", "1")):
-        out = str(tmp_path / seed)
-        train.train(train.parse([*words, "--seed", seed, "--epochs", epochs, "--out", out]))
-    first, *_, last = log_of(tmp_path / "42")
+    args = train.parse([*words, "--seed", "43", "--epochs", "3", "--out", str(tmp_path / "run")])
+    train.train(args)
+    told = re.findall(r"pretraining the toy ViT, epoch . of 2: loss (.*)", capsys.readouterr().out)
+    assert float(told[1]) < 0.95 * float(told[0])
+    first, *_, last = log_of(tmp_path / "run")
     assert last["loss"] < first["loss"] - 0.2
     assert last["classification"] < math.log(10) - 0.05  # chance, for ten classes
-    assert log_of(tmp_path / "43")[0]["loss"] != first["loss"]
-    torch.manual_seed(42)
+    torch.manual_seed(43)
     backbone = ivpt.load_backbone("toy", 56)
-    images = data.Images(tmp_path / "birds", "train", "train", 56, 42)
+    images = data.Images(tmp_path / "birds", "train", "train", 56, 43)
     toy_vit.pretrain(backbone, images, 2, torch.device("cpu"), amp=False, workers=0)
-    state = torch.load(tmp_path / "42" / "last.pt", weights_only=True)["model"]
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
     for name, value in backbone.state_dict().items():
         assert torch.equal(state[f"backbone.{name}"], value), name
+    args.pretrain, models = 0, []
+    for args.seed in (42, 42, 43):
+        models.append(train.new_model(args, images, torch.device("cpu")))
+    for name, value in models[0].named_parameters():
+        same = [torch.equal(value, model.get_parameter(name)) for model in models[1:]]
+        assert same == [True, value.std() == 0], name  # else it is random
 
 
 def test_workers_and_compile_reach_the_loop(birds, tmp_path, monkeypatch):
-    compiled, loaders, loader = [], [], train.DataLoader
+    compiled, loaders, evaluated, loader = [], [], [], train.DataLoader
 
-    def compile(function):
+    def fake_compile(function):
         def run(*inputs):
             compiled.append(function.__self__)
             return function(*inputs)
@@ -2234,17 +2256,20 @@ def test_workers_and_compile_reach_the_loop(birds, tmp_path, monkeypatch):
         loaders.append(num_workers)
         return loader(*inputs, num_workers=0, **options)
 
-    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch, "compile", fake_compile)
     monkeypatch.setattr(train, "DataLoader", watched)
-    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: {})
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **options: evaluated.append(options) or {})
     monkeypatch.setattr(evaluate, "table", str)
     words = ["--epochs", 1, "--start", "noise", "--overwrite"]
-    train.train(tiny_run(birds, tmp_path, *words, "--workers", 3))
+    train.train(tiny_run(birds, tmp_path, *words, "--workers", 3, "--amp", "--seed", 5))
     assert loaders == [3] and not compiled
+    del evaluated[0]["recipe"]
+    assert evaluated == [dict(workers=3, amp=True, seed=5, split="test")]
     train.train(tiny_run(birds, tmp_path, *words, "--compile"))
     assert loaders == [3, 0] and len(compiled) == 3 and isinstance(compiled[0], ivpt.IVPT)
 
 
+needs_posix = pytest.mark.skipif(os.name != "posix", reason="needs locks, fork and SIGKILL")
 CLAIMS = """import sys, time
 from pathlib import Path
 import data
@@ -2254,7 +2279,8 @@ time.sleep(60)
 """
 
 
-def test_a_folder_in_which_another_process_trains_is_refused(birds, uncut, tmp_path):
+@needs_posix
+def test_a_run_in_a_folder_in_which_another_process_trains_is_refused(birds, uncut, tmp_path):
     run = shutil.copytree(uncut, tmp_path / "run")
     other = Script(CLAIMS, run)
     while not (run / "claimed").exists():
@@ -2280,7 +2306,7 @@ def test_a_checkpoint_alone_is_a_run(birds, uncut, tmp_path):
 KILLED = """import os, signal, sys
 import torch
 import data, train
-train.ivpt.kmeans.__defaults__ = (2,)
+train.ivpt.NUM_STARTS = 2
 affine, replace, calls = data.sample_affine, os.replace, []
 where = ""
 def killed_in_a_step():
@@ -2303,6 +2329,7 @@ for where, more in (("step", []), ("save", ["--resume"])):  # both in the second
 """
 
 
+@needs_posix
 def test_a_kill_at_any_moment_costs_no_more_than_the_epoch(birds, uncut, tmp_path):
     Script(KILLED, *TINY_RUN, "--data-root", birds, "--out", tmp_path).end()
     train.train(tiny_run(birds, tmp_path, "--resume"))
@@ -2311,7 +2338,7 @@ def test_a_kill_at_any_moment_costs_no_more_than_the_epoch(birds, uncut, tmp_pat
 
 def test_overwrite_forgets_the_old_run_at_once(birds, uncut, tmp_path, monkeypatch):
     run = shutil.copytree(uncut, tmp_path / "run")
-    monkeypatch.setattr(data, "sample_affine", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(data, "sample_affine", functools.partial(fail, KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train.train(tiny_run(birds, run, "--overwrite"))
     assert sorted(p.name for p in run.iterdir()) == ["config.json", "lock", "log.jsonl"]
@@ -2320,20 +2347,20 @@ def test_overwrite_forgets_the_old_run_at_once(birds, uncut, tmp_path, monkeypat
 
 
 def test_a_bad_step_is_skipped_and_three_stop_the_run(birds, tmp_path, monkeypatch, capsys):
-    entropy, calls, bad_calls = train.entropy, [], {5}
+    entropy, calls, bad_calls = train.entropy, [], {2, 8, 14}  # every other step
 
     def sometimes_bad(A):  # three maps a step
         calls.append(0)
         return entropy(A) * (math.nan if len(calls) in bad_calls else 1)
 
     monkeypatch.setattr(train, "entropy", sometimes_bad)
-    train.train(tiny_run(birds, tmp_path, "--epochs", 1))
-    assert all(math.isfinite(value) for value in log_of(tmp_path)[0].values())
+    train.train(tiny_run(birds, tmp_path))
+    assert all(math.isfinite(value) for line in log_of(tmp_path) for value in line.values())
     before = (tmp_path / "last.pt").read_bytes()
-    assert capsys.readouterr().err.count("no step taken") == 1
-    bad_calls.update(range(10, 100))
+    assert capsys.readouterr().err.count("no step taken") == 3
+    bad_calls.update(range(19, 100))
     with one_line(ValueError, "three non-finite gradients", "--no-amp"):
-        train.train(tiny_run(birds, tmp_path, "--resume"))
+        train.train(train.parse(["--resume", "--out", str(tmp_path), "--epochs", "3"]))
     assert (tmp_path / "last.pt").read_bytes() == before
     assert capsys.readouterr().err.count("no step taken") == 3
 
@@ -2352,8 +2379,9 @@ def test_gradients_are_clipped_and_val_is_every_fourth_image(birds, tmp_path, mo
 
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", watched_clip)
     monkeypatch.setattr(ivpt.Attention, "forward", watched_attention)
-    one_step = ["--epochs", 1, "--batch-size", 36, "--validate", "--start", "noise", amp]
-    protocol = train.train(tiny_run(birds, tmp_path, *one_step))["protocol"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # nor for evaluate.py
+    words = ["--epochs", 1, "--batch-size", 36, "--validate", "--start", "noise", amp]
+    protocol = train.train(tiny_run(birds, tmp_path, *words))["protocol"]
     assert norms == [2.0] and set(autocast) == {amp == "--amp"}
     assert protocol["split"] == "val" and protocol["images"] == 12
     assert torch.load(tmp_path / "last.pt", weights_only=True)["images"] == 36
@@ -2381,7 +2409,7 @@ data.run_script(train.main)
 """
 
 
-def test_the_seven_files_stand_alone(birds, tmp_path):
+def test_the_files_run_without_the_folders(birds, tmp_path):
     """Copied into an empty folder they train and evaluate on CUB and on a folder of classes.
     Neither Triton nor what only POSIX has is needed."""
     for name in ("model", "kernels", "data", "train", "evaluate", "test_ivpt"):
@@ -2401,12 +2429,18 @@ torch.nn.functional.gumbel_softmax = lambda logits, **_: logits.softmax(-1)
 data.sample_affine = lambda: torch.tensor([[0.0, 1, 0], [-1, 0, 0]])
 train.presence = lambda A: 0 * A.sum()
 torch.nn.utils.clip_grad_norm_ = lambda parameters, norm: torch.ones(())
-train.ivpt.kmeans.__defaults__ = (2,)
+train.ivpt.NUM_STARTS = 2
 """
 TRAIN_AND_EVALUATE = FIXED + """import os, sys
 args = train.parse()
-train.train(args)
 rank = int(os.environ["RANK"])
+start = train.ivpt.IVPT.start
+def start_apart(model, *inputs):
+    start(model, *inputs)
+    model.classifier.weight.data *= 1 + rank  # all must go on as the first
+train.ivpt.IVPT.start = start_apart
+train.train(args)
+open(args.out + f"/seed{rank}", "w").write(str(torch.initial_seed()))
 if rank == 0:
     os.rename(args.out + "/metrics.json", args.out + "/first")
 data.start_processes = lambda device: (rank, 2)  # they are joined already
@@ -2436,6 +2470,7 @@ def test_two_processes_train_and_evaluate_like_one(birds, tmp_path, monkeypatch)
         expected = states[0][i]["exp_avg"]
         torch.testing.assert_close(state["exp_avg"], expected, rtol=1e-3,
                                    atol=1e-3 * expected.abs().max().item() + 1e-9)
+    assert (run / "seed0").read_text() != (run / "seed1").read_text()  # noise differs
     after_training, together = ((run / name).read_bytes() for name in ("first", "metrics.json"))
     assert json.loads(together)["protocol"]["images"] == 11
     evaluate.main(["--ckpt", str(run / "last.pt")])
@@ -2523,11 +2558,18 @@ def test_a_documented_command_works(words, documented, monkeypatch):
         importlib.import_module(file.removesuffix(".py").replace("/", ".")).main()
 
 
-def test_the_index_above_finds_tests():
-    words = re.findall(r"^    .{52}.{21}(\w.*)$", __doc__, re.MULTILINE)[1:]
-    assert len(words) == 15
-    for word in ", ".join(words).split(", "):
-        assert [name for name in globals() if name.startswith("test_") and word in name], word
+def test_the_index_above_finds_all_tests():
+    table = __doc__.split("its oracle          -k\n")[1].splitlines()
+    found = {"test_the_index_above_finds_all_tests"}
+    tests = [name for name in globals() if name.startswith("test_")]
+    for row in table:
+        oracle, words = row[52:72].strip(), row[72:].split(", ")
+        assert not oracle.startswith("oracle") or oracle in globals(), row
+        for word in words:
+            named = {name for name in tests if word in name}
+            assert named, word
+            found |= named
+    assert found == {*tests}
 
 
 def test_a_reader_that_leaves_loses_nothing(birds, tmp_path, monkeypatch):
@@ -2583,7 +2625,7 @@ def test_no_default_contradicts_what_was_typed(tmp_path):
     (["--data", "cub", "--image-size", "100"], "divisible by the patch"),
     (["--data", "cub", "--image-size", "28"], "at least 3 a side"),
     (["--data", "cub", "--prototypes", "4", "1"], "prototypes"),
-    (["--data", "cub", "--weights", "nowhere.pth"], "nowhere.pth: no such file"),
+    (["--data", "cub", "--weights", "nowhere.pth"], "nowhere.pth: no such file, .*vitb14_reg4"),
     (["--data", "toy", "--method", "protopnet", "--image-size", "100"], "divisible")])
 def test_what_cannot_work_is_said_before_a_download(options, says, tmp_path, monkeypatch):
     def network(*_, **__):

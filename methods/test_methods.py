@@ -24,8 +24,7 @@ import train
 from explore import explain, gallery
 from methods import METHODS, parts, protopnet
 from prepare import toy_birds
-from test_ivpt import torchrun
-from test_ivpt import reached as reached_parameters
+from test_ivpt import reached, torchrun
 
 RATES = SimpleNamespace(lr=1.0, lr_prototypes=2.0, lr_bias=3.0, lr_fusion=5.0)
 THETA = torch.eye(2, 3)
@@ -50,9 +49,9 @@ def tiny(method, classes=3, **changes):
     return model.eval()
 
 
-def reached(model, scalar):
+def reached_modules(model, scalar):
     """The modules and parameters of a model that a scalar's gradient reaches."""
-    return {name.split(".")[0] for name in reached_parameters(model, scalar)}
+    return {name.split(".")[0] for name in reached(model, scalar)}
 
 
 # ---------------------------------------------------------------- VPT-Deep
@@ -90,9 +89,9 @@ def test_vpt_deep_with_prototypes_is_a_concept_layer_on_prompted_patches():
     assert out.groups == out.fused == []
     torch.testing.assert_close(out.attention[0].flatten(2), a)
     torch.testing.assert_close(out.logits, model.classifier(model.norm(pooled)[:, :-1]).mean(1))
-    assert reached(model, out.attention[0].square().sum()) == {"concepts"}
+    assert reached_modules(model, out.attention[0].square().sum()) == {"concepts"}
     learners = {"free_prompts", "concepts", "norm", "classifier"}
-    assert reached(model, F.cross_entropy(out.logits, torch.tensor([0, 1]))) == learners
+    assert reached_modules(model, F.cross_entropy(out.logits, torch.tensor([0, 1]))) == learners
 
 
 def test_vpt_deep_with_prototypes_learns_by_five_of_the_losses_of_ivpt():
@@ -732,14 +731,15 @@ def test_each_loss_reaches_what_its_paper_trains():
         model = tiny(method).train()
         losses, logits = model.losses(images, labels, THETA)
         del losses["loss"]
-        assert {name: reached(model, loss) for name, loss in losses.items()} == learners, method
+        found = {name: reached_modules(model, loss) for name, loss in losses.items()}
+        assert found == learners, method
         assert torch.equal(losses["classification"], F.cross_entropy(logits, labels))
     for method in ("protopnet", "tesnet", "protopool"):
         model = tiny(method).train()
         model.before_epoch(1, 2)
         losses, _ = model.losses(images, labels, THETA)
         del losses["loss"]
-        found = {name: reached(model, loss) for name, loss in losses.items()}
+        found = {name: reached_modules(model, loss) for name, loss in losses.items()}
         learners = {"last", "add_on", "log_scale"}
         assert found == {"classification": learners, "last_layer": {"last"}}, method
 
@@ -907,10 +907,13 @@ def test_the_gradient_of_a_batch_is_the_mean_of_its_halves(method, monkeypatch):
         assert (found - expected).norm() <= 1e-3 * expected.norm() + 1e-7, name
 
 
-TRAIN = """import train
-train.evaluate.evaluate = lambda *_, **__: {}
-train.evaluate.table = str
-train.train(train.parse())
+TRAIN = """import os, torch, train
+args = train.parse()
+def keep(model, *_, **__):
+    torch.save(model.state_dict(), args.out + "/rank" + os.environ["RANK"])
+    return {}
+train.evaluate.evaluate, train.evaluate.table = keep, str
+train.train(args)
 """
 
 
@@ -920,3 +923,5 @@ def test_two_processes_agree_on_what_an_epoch_changes(birds, tmp_path):
     torchrun(TRAIN, *words, "--out", tmp_path)
     model, checkpoint = ivpt.load_checkpoint(tmp_path / "last.pt")
     assert checkpoint["epoch"] == 2 and not model.mask.all()
+    states = [torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in range(2)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
